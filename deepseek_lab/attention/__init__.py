@@ -1,0 +1,7 @@
+"""From heads to latents: who remembers what about the tokens before."""
+
+from .caches import GroupedCache, LatentCache
+from .grouped import GroupedAttention
+from .latent import LatentAttention
+
+__all__ = ["GroupedAttention", "GroupedCache", "LatentAttention", "LatentCache"]

@@ -1,0 +1,103 @@
+"""Multi-head latent attention: many heads, one small memory.
+
+Every head has keys and values of its own, but all of them are rebuilt from one short vector per token, the latent. Only
+the latent and one shared rope key are cached. Two ways of computing lead to the same numbers:
+
+expanded  rebuild keys and values for every head, then attend as usual. Best when many tokens are read at once.
+absorbed  move the rebuilding matrices to the query and to the output, and attend to the latents themselves. Best when
+          one token is written and the cache is long: nothing of per-head width is ever made for the old tokens.
+
+Sources: DeepSeek-V2 report (arXiv 2405.04434), section 2.1 and appendix C; DeepSeek-V3 report, equations 1 to 11. The
+RMSNorm on both latents is in the text and the released code; its epsilon there is always 1e-6.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .caches import LatentCache
+from .grouped import causal_mask
+from .rope import RotaryTable, rotate_halves, rotate_pairs, softmax_scale
+
+LATENT_EPS = 1e-6
+
+
+class LatentAttention(nn.Module):
+    """MLA with decoupled rotary positions, with or without a query latent (`q_lora_rank`).
+
+    forward(x [batch, token, hidden], positions [token], cache=None, absorb=None) -> [batch, token, hidden].
+    absorb: True or False picks the way of computing; None takes the absorbed one for a single token with a cache.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if not config.uses_latent_attention:
+            raise ValueError("LatentAttention needs kv_lora_rank, which this config lacks; use GroupedAttention(config)")
+        self.config = c = config
+        d, heads = c.hidden_size, c.num_attention_heads
+        if c.q_lora_rank:
+            self.q_a_proj = nn.Linear(d, c.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(c.q_lora_rank, eps=LATENT_EPS)
+            self.q_b_proj = nn.Linear(c.q_lora_rank, heads * c.qk_head_dim, bias=False)
+        else:
+            self.q_proj = nn.Linear(d, heads * c.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(d, c.latent_width, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(c.kv_lora_rank, eps=LATENT_EPS)
+        self.kv_b_proj = nn.Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * c.v_head_dim, d, bias=False)
+        self.rotary = RotaryTable(config)
+        self.rotate = rotate_pairs if c.rope_interleave else rotate_halves
+        self.scale = softmax_scale(config)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: LatentCache | None = None, absorb: bool | None = None
+    ) -> Tensor:
+        q_nope, q_rope, joint = self._project(x, positions)
+        if cache is not None:
+            joint = cache.append(joint.to(cache.dtype)).to(x.dtype)
+        if absorb is None:
+            absorb = cache is not None and x.shape[1] == 1
+        attend = self._attend_absorbed if absorb else self._attend_expanded
+        return self.o_proj(attend(x, q_nope, q_rope, joint))
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries without and with position [batch, head, token, .] and what is cached [batch, token, latent_width]."""
+        c = self.config
+        cos, sin = self.rotary(positions)
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
+        q = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(1, 2)  # [batch, head, token, head_dim]
+        q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        latent, rope_key = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        # The latent is normalised, the rope key is not: it is small and shared, and the code never did.
+        joint = torch.cat([self.kv_a_layernorm(latent), self.rotate(rope_key, cos, sin)], dim=-1)
+        return q_nope, self.rotate(q_rope, cos, sin), joint
+
+    def _attend_expanded(self, x: Tensor, q_nope: Tensor, q_rope: Tensor, joint: Tensor) -> Tensor:
+        c = self.config
+        latent, rope_key = joint.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)  # [batch, head, token, .]
+        k = torch.cat([k_nope, rope_key[:, None].expand(-1, c.num_attention_heads, -1, -1)], dim=-1)
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, **causal_mask(x, k.shape[2]))
+        return out.transpose(1, 2).flatten(2)
+
+    def _attend_absorbed(self, x: Tensor, q_nope: Tensor, q_rope: Tensor, joint: Tensor) -> Tensor:
+        c = self.config
+        B, H, T, _ = q_nope.shape
+        rebuild = self.kv_b_proj.weight.unflatten(0, (H, -1))  # [head, nope + v, latent]
+        w_uk, w_uv = rebuild.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        # score = q_nope . (W_UK latent) = (W_UK^T q_nope) . latent: the query carries the matrix, the memory stays small.
+        q_latent = torch.bmm(q_nope.transpose(0, 1).reshape(H, B * T, -1), w_uk).view(H, B, T, -1).transpose(0, 1)
+        q = torch.cat([q_latent, q_rope], dim=-1).view(B, H * T, c.latent_width)
+        scores = torch.bmm(q, joint.transpose(1, 2)).view(B, H, T, -1) * self.scale
+        mask = causal_mask(x, joint.shape[1])
+        if mask:
+            allowed = mask.get("attn_mask", x.new_ones(T, T, dtype=torch.bool).tril())
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+        mixed = torch.bmm(weights.view(B, H * T, -1), joint[..., : c.kv_lora_rank])  # one latent per head and token
+        mixed = mixed.view(B, H, T, -1).transpose(0, 1).reshape(H, B * T, -1)
+        out = torch.bmm(mixed, w_uv.transpose(1, 2))  # [head, batch * token, v]
+        return out.view(H, B, T, -1).permute(1, 2, 0, 3).flatten(2)

@@ -1,0 +1,116 @@
+"""Rotary positions: turn each pair of values by an angle that grows with the position.
+
+Two vectors turned by their own positions have a dot product that depends only on the distance between them. Long
+contexts stretch the slow angles and leave the fast ones alone: YaRN (DeepSeek) or Llama 3's rule.
+
+Sources: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071); the frequencies are those of the DeepSeek-V3 inference
+code, whose ramp is linear in the index of the frequency, not in its wavelength as in the YaRN paper.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig, RopeScaling
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Return the angle per position of every pair: [rotary_dim / 2] float32, radians.
+
+    theta_k = rope_theta ** (-2k / rotary_dim), stretched as `config.rope_scaling` says.
+    """
+    dim = config.rotary_dim
+    plain = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    if scaling.rope_type == "yarn":
+        stretched = _yarn_ramp(scaling, dim, config.rope_theta)
+    else:
+        stretched = _llama3_ramp(scaling, plain)
+    return plain * (1 - stretched) + plain / scaling.factor * stretched
+
+
+def _yarn_ramp(scaling: RopeScaling, dim: int, base: float) -> Tensor:
+    """How far each frequency is stretched: 0 below the fast bound, 1 above the slow one, linear in the index between."""
+
+    def index_of(rotations: float) -> float:
+        return dim * math.log(scaling.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(index_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(index_of(scaling.beta_slow)), dim - 1)
+    high += 0.001 * (high == low)
+    return ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+
+
+def _llama3_ramp(scaling: RopeScaling, plain: Tensor) -> Tensor:
+    """How far each frequency is stretched, linear in rotations per original context (Llama 3.1 reference code)."""
+    rotations = scaling.original_max_position_embeddings * plain / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return 1 - ((rotations - low) / (high - low)).clamp(0, 1)
+
+
+def mscale(factor: float, m: float) -> float:
+    """YaRN's attention temperature: 0.1 m ln(factor) + 1, and 1 where nothing is stretched."""
+    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+
+def rotation_scale(config: ModelConfig) -> float:
+    """What cosines and sines are multiplied by: 1 unless a YaRN config gives unequal or no mscale values."""
+    s = config.rope_scaling
+    if s is None or s.rope_type != "yarn":
+        return 1.0
+    if s.mscale and s.mscale_all_dim:
+        return mscale(s.factor, s.mscale) / mscale(s.factor, s.mscale_all_dim)
+    return mscale(s.factor, 1.0)
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """What attention scores are multiplied by: qk_head_dim ** -0.5, times mscale squared with YaRN (0.1352 in V3)."""
+    scale = config.qk_head_dim**-0.5
+    s = config.rope_scaling
+    if config.uses_latent_attention and s is not None and s.mscale_all_dim:
+        scale *= mscale(s.factor, s.mscale_all_dim) ** 2
+    return scale
+
+
+class RotaryTable:
+    """Cosines and sines of every position asked for so far; grows when a later position comes.
+
+    Calling it with positions [token] returns two tensors [token, rotary_dim / 2] float32.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.frequencies = inverse_frequencies(config)
+        self.scale = rotation_scale(config)
+        self._cos = self._sin = self.frequencies.new_empty(0, len(self.frequencies))
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        first, last = int(positions[0]), int(positions[-1])
+        consecutive = len(positions) == 1 or bool((positions.diff() == 1).all())
+        longest = last if consecutive else int(positions.max())
+        if longest >= len(self._cos) or self._cos.device != positions.device:
+            self._grow(max(longest + 1, 2 * len(self._cos), 256), positions.device)
+        if consecutive:  # the usual case: a view, no copy
+            return self._cos[first : last + 1], self._sin[first : last + 1]
+        return self._cos[positions], self._sin[positions]
+
+    def _grow(self, length: int, device: torch.device) -> None:
+        angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * self.frequencies.to(device)
+        self._cos, self._sin = angles.cos() * self.scale, angles.sin() * self.scale
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring pairs (x0, x1), (x2, x3), ...: DeepSeek's layout.
+
+    x: [..., token, rotary_dim]; cos, sin: [token, rotary_dim / 2]. Returns the shape and dtype of x.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_k, x_{k + dim/2}): Llama's layout. Shapes as in `rotate_pairs`."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)

@@ -1,0 +1,359 @@
+"""What a model is made of, in the words of a published `config.json`.
+
+`ModelConfig` is frozen: change one with `config.replace(hidden_size=128)`, read a published file with
+`ModelConfig.from_hf("path/to/config.json")`, write one with `config.to_hf()`. `PRESETS` holds the models that the
+course talks about; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "llama", "qwen2")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for a longer context.
+
+    rope_type "yarn" (DeepSeek): frequencies are blended by index between `beta_fast` and `beta_slow` rotations over
+    `original_max_position_embeddings`; `mscale_all_dim` sharpens the softmax. rope_type "llama3" (Llama 3.1): blended by
+    wavelength between `low_freq_factor` and `high_freq_factor`.
+    """
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self):
+        if self.rope_type not in ("yarn", "llama3"):
+            raise ValueError(f"rope_scaling.rope_type={self.rope_type!r} is unknown; choose 'yarn' or 'llama3', or None")
+        if self.factor < 1:
+            raise ValueError(f"rope_scaling.factor={self.factor} shrinks the context; choose a factor >= 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder-only Transformer: DeepSeek-V3, DeepSeek-V2 or the dense Llama and Qwen 2 baseline.
+
+    A model has latent attention when `kv_lora_rank` is set, and experts when `n_routed_experts` is set; otherwise it has
+    grouped heads (`num_key_value_heads`) and one dense feed-forward network per layer.
+
+    | here (= `config.json`)    | papers        | official demo          | DeepSeek-V3 |
+    |---------------------------|---------------|------------------------|-------------|
+    | hidden_size               | d             | dim                    | 7168        |
+    | num_hidden_layers         | l             | n_layers               | 61          |
+    | num_attention_heads       | n_h           | n_heads                | 128         |
+    | q_lora_rank               | d'_c          | q_lora_rank            | 1536        |
+    | kv_lora_rank              | d_c           | kv_lora_rank           | 512         |
+    | qk_nope_head_dim          | d_h           | qk_nope_head_dim       | 128         |
+    | qk_rope_head_dim          | d_h^R         | qk_rope_head_dim       | 64          |
+    | v_head_dim                | d_h           | v_head_dim             | 128         |
+    | intermediate_size         | -             | inter_dim              | 18432       |
+    | moe_intermediate_size     | -             | moe_inter_dim          | 2048        |
+    | n_routed_experts          | N_r           | n_routed_experts       | 256         |
+    | n_shared_experts          | N_s           | n_shared_experts       | 1           |
+    | num_experts_per_tok       | K_r           | n_activated_experts    | 8           |
+    | n_group, topk_group       | D, M (nodes)  | n_expert_groups, n_limited_groups | 8, 4 |
+    | routed_scaling_factor     | -             | route_scale            | 2.5         |
+    | first_k_dense_replace     | -             | n_dense_layers         | 3           |
+    | num_nextn_predict_layers  | D (MTP depth) | -                      | 1           |
+
+    Sources: DeepSeek-V3 report (arXiv 2412.19437), sections 2 and 4.2; the published config.json files.
+    Raises ValueError for a combination that cannot exist, naming the field, its value and what would work.
+    """
+
+    model_type: str = "deepseek_v3"
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    num_hidden_layers: int = 61
+    num_attention_heads: int = 128
+    num_key_value_heads: int = 128
+    head_dim: int | None = None
+    attention_bias: bool = False
+    # latent attention
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    rope_interleave: bool = True
+    # experts
+    n_routed_experts: int | None = None
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    first_k_dense_replace: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    # the rest
+    num_nextn_predict_layers: int = 0
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        _check_sizes(self)
+        _check_attention(self)
+        if self.n_routed_experts:
+            _check_experts(self)
+
+    # Derived sizes -------------------------------------------------------------------------------------------------
+
+    @property
+    def uses_latent_attention(self) -> bool:
+        return self.kv_lora_rank is not None
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head, in values."""
+        if self.uses_latent_attention:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim  # 192 in V3
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_head_dim(self) -> int:
+        """Width of one value head, in values."""
+        return self.v_head_dim if self.uses_latent_attention else self.qk_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many values of a query or key carry the position."""
+        return self.qk_rope_head_dim if self.uses_latent_attention else self.qk_head_dim
+
+    @property
+    def latent_width(self) -> int:
+        """Values per token and layer in a latent cache: the latent and the rope key."""
+        if not self.uses_latent_attention:
+            raise ValueError("latent_width needs kv_lora_rank; this model has grouped heads, use a grouped cache")
+        return self.kv_lora_rank + self.qk_rope_head_dim  # 576 in V3
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_hidden_layers - self.num_dense_layers
+
+    @property
+    def num_dense_layers(self) -> int:
+        return self.first_k_dense_replace if self.n_routed_experts else self.num_hidden_layers
+
+    # Reading and writing -------------------------------------------------------------------------------------------
+
+    def replace(self, **changes) -> ModelConfig:
+        """Return a copy with some fields changed; the copy is checked like any other."""
+        _refuse_unknown(changes, "ModelConfig.replace")
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_hf(cls, source: Mapping | str | Path) -> ModelConfig:
+        """Read a published config: a dict, a `config.json`, or the directory that holds one.
+
+        Keys that describe something else (dropout, token ids, dtype) are passed over. `rope_parameters`, which newer
+        files write, is read like `rope_theta` and `rope_scaling`. Raises ValueError for an unknown `model_type`.
+        """
+        raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
+        kind = raw.get("model_type")
+        if kind not in MODEL_TYPES:
+            raise ValueError(f"model_type={kind!r} is not one this library builds; it knows {', '.join(MODEL_TYPES)}")
+        rope = raw.get("rope_parameters") or {}
+        scaling = raw.get("rope_scaling") or rope
+        values = {**_DEFAULTS_OF_TYPE[kind]}
+        values.update({k: v for k, v in raw.items() if k in _FIELDS and v is not None})
+        values["rope_theta"] = float(raw.get("rope_theta") or rope.get("rope_theta") or values.get("rope_theta", 10000.0))
+        values["rope_scaling"] = _rope_scaling(scaling)
+        if kind in ("llama", "qwen2"):
+            values = {k: v for k, v in values.items() if k not in _LATENT_AND_EXPERT_FIELDS}
+            values.setdefault("num_key_value_heads", values.get("num_attention_heads", cls.num_attention_heads))
+        else:
+            values["head_dim"] = None  # newer files repeat qk_rope_head_dim under this name
+            values["q_lora_rank"] = raw.get("q_lora_rank", values.get("q_lora_rank"))
+        if kind == "qwen2":
+            values["attention_bias"] = True
+        return cls(**values)
+
+    def to_hf(self) -> dict:
+        """Return the config as a published `config.json` has it: `from_hf(config.to_hf()) == config`."""
+        skipped = {"rope_scaling"} | (_LATENT_AND_EXPERT_FIELDS if self.model_type in ("llama", "qwen2") else {"head_dim"})
+        out = {name: getattr(self, name) for name in _FIELDS if name not in skipped}
+        out["architectures"] = [_ARCHITECTURES[self.model_type]]
+        out["rope_scaling"] = None
+        if self.rope_scaling is not None:
+            scaling = {k: v for k, v in dataclasses.asdict(self.rope_scaling).items() if v is not None}
+            other = ("low_freq_factor", "high_freq_factor") if scaling["rope_type"] == "yarn" else ("beta_fast", "beta_slow")
+            out["rope_scaling"] = {k: v for k, v in scaling.items() if k not in other}
+        return out
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
+_LATENT_AND_EXPERT_FIELDS = {
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
+    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace",
+    "n_group", "topk_group", "scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor",
+    "num_nextn_predict_layers",
+}  # fmt: skip
+_ARCHITECTURES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+# What a published file may leave out because it is the architecture's default.
+_DEFAULTS_OF_TYPE = {
+    "deepseek_v3": dict(model_type="deepseek_v3", scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True),
+    "deepseek_v2": dict(model_type="deepseek_v2", scoring_func="softmax", topk_method="greedy", norm_topk_prob=False),
+    "llama": dict(model_type="llama"),
+    "qwen2": dict(model_type="qwen2"),
+}
+
+
+def _read_json(path: Path) -> dict:
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; a model directory needs a config.json beside its weights")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a JSON {type(raw).__name__}; a config is an object with named fields")
+    return raw
+
+
+def _rope_scaling(raw: Mapping) -> RopeScaling | None:
+    kind = raw.get("rope_type", raw.get("type"))
+    if kind in (None, "default"):
+        return None
+    names = [field.name for field in dataclasses.fields(RopeScaling) if field.name != "rope_type"]
+    missing = [n for n in ("factor", "original_max_position_embeddings") if n not in raw]
+    if missing:
+        raise ValueError(f"rope_scaling of type {kind!r} lacks {' and '.join(missing)}; add them to the config")
+    return RopeScaling(rope_type=kind, **{n: raw[n] for n in names if raw.get(n) is not None})
+
+
+def _refuse_unknown(names, where: str) -> None:
+    unknown = sorted(set(names) - set(_FIELDS))
+    if unknown:
+        raise ValueError(f"{where} got {', '.join(unknown)}; the fields are {', '.join(_FIELDS)}")
+
+
+def _check_sizes(c: ModelConfig) -> None:
+    if c.model_type not in MODEL_TYPES:
+        raise ValueError(f"model_type={c.model_type!r} is unknown; choose one of {', '.join(MODEL_TYPES)}")
+    whole = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+    for name in whole:
+        value = getattr(c, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a size; choose a whole number >= 1")
+
+
+def _check_attention(c: ModelConfig) -> None:
+    if c.uses_latent_attention:
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            if getattr(c, name) < 1:
+                raise ValueError(f"{name}={getattr(c, name)} with latent attention; choose a width >= 1")
+    else:
+        if c.num_attention_heads % c.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads={c.num_key_value_heads} does not divide num_attention_heads="
+                             f"{c.num_attention_heads}; every group needs the same number of query heads")  # fmt: skip
+        if c.head_dim is None and c.hidden_size % c.num_attention_heads:
+            raise ValueError(f"num_attention_heads={c.num_attention_heads} does not divide hidden_size={c.hidden_size}; "
+                             "choose a divisor, or set head_dim")  # fmt: skip
+    if c.rotary_dim % 2:
+        name = "qk_rope_head_dim" if c.uses_latent_attention else "head_dim"
+        raise ValueError(f"{name}={c.rotary_dim} is odd; rotary positions turn pairs of values, choose an even width")
+
+
+def _check_experts(c: ModelConfig) -> None:
+    n, k = c.n_routed_experts, c.num_experts_per_tok
+    if c.scoring_func not in ("sigmoid", "softmax"):
+        raise ValueError(f"scoring_func={c.scoring_func!r} is unknown; choose 'sigmoid' (V3) or 'softmax' (V2)")
+    if c.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
+        raise ValueError(f"topk_method={c.topk_method!r} is unknown; choose 'noaux_tc' (V3), 'greedy' or "
+                         "'group_limited_greedy' (V2)")  # fmt: skip
+    if not 1 <= k <= n:
+        raise ValueError(f"num_experts_per_tok={k} is not between 1 and n_routed_experts={n}; choose 1 <= k <= {n}")
+    if c.moe_intermediate_size < 1:
+        raise ValueError(f"moe_intermediate_size={c.moe_intermediate_size}; an expert needs a width >= 1")
+    if not 0 <= c.first_k_dense_replace <= c.num_hidden_layers:
+        raise ValueError(f"first_k_dense_replace={c.first_k_dense_replace} is not between 0 and num_hidden_layers="
+                         f"{c.num_hidden_layers}")  # fmt: skip
+    if c.topk_method == "greedy":
+        return
+    if n % c.n_group:
+        raise ValueError(f"n_group={c.n_group} does not divide n_routed_experts={n}; every group needs the same number")
+    if not 1 <= c.topk_group <= c.n_group:
+        raise ValueError(f"topk_group={c.topk_group} is not between 1 and n_group={c.n_group}")
+    size = n // c.n_group
+    if c.topk_group * size < k:
+        raise ValueError(f"topk_group={c.topk_group} groups of {size} experts cannot supply num_experts_per_tok={k}; "
+                         "keep more groups")  # fmt: skip
+    if c.topk_method == "noaux_tc" and size < 2:
+        raise ValueError(f"n_group={c.n_group} leaves one expert per group, but a group's score is the sum of its two "
+                         f"best; choose n_group <= {n // 2}")  # fmt: skip
+
+
+_DEEPSEEK_YARN = RopeScaling("yarn", 40.0, 4096, 32.0, 1.0, 1.0, 1.0)
+_LLAMA3_ROPE = RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+
+_V3 = ModelConfig(
+    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048,
+    first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
+    rope_scaling=_DEEPSEEK_YARN, max_position_embeddings=163840,
+)  # fmt: skip
+_V2 = _V3.replace(
+    model_type="deepseek_v2", vocab_size=102400, hidden_size=5120, num_hidden_layers=60, intermediate_size=12288,
+    n_routed_experts=160, n_shared_experts=2, num_experts_per_tok=6, moe_intermediate_size=1536, topk_group=3,
+    first_k_dense_replace=1, scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False,
+    routed_scaling_factor=16.0, num_nextn_predict_layers=0,
+)  # fmt: skip
+_V2_LITE = _V2.replace(
+    hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None,
+    intermediate_size=10944, n_routed_experts=64, moe_intermediate_size=1408, n_group=1, topk_group=1,
+    topk_method="greedy", routed_scaling_factor=1.0,
+    rope_scaling=dataclasses.replace(_DEEPSEEK_YARN, mscale=0.707, mscale_all_dim=0.707),
+)  # fmt: skip
+_LLAMA_8B = ModelConfig(
+    model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0, rope_scaling=_LLAMA3_ROPE,
+    max_position_embeddings=131072, rms_norm_eps=1e-5,
+)  # fmt: skip
+
+#: The models the course compares. Sources: DeepSeek-V3 and V2 reports and config.json files; meta-llama/llama-models
+#: sku_list.py; Qwen2.5-72B config.json. "tiny" is this course's own: V3 in every part, small enough for a laptop.
+PRESETS: dict[str, ModelConfig] = {
+    "deepseek-v3": _V3,
+    "deepseek-v2": _V2,
+    "deepseek-v2-lite": _V2_LITE,
+    "llama-3.1-8b": _LLAMA_8B,
+    "llama-3.1-70b": _LLAMA_8B.replace(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                                       num_attention_heads=64),
+    "llama-3.1-405b": _LLAMA_8B.replace(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126,
+                                        num_attention_heads=128),
+    "qwen2.5-72b": _LLAMA_8B.replace(model_type="qwen2", vocab_size=152064, hidden_size=8192, intermediate_size=29568,
+                                     num_hidden_layers=80, num_attention_heads=64, attention_bias=True,
+                                     rope_theta=1000000.0, rope_scaling=None, max_position_embeddings=32768),
+    "tiny": _V3.replace(
+        vocab_size=260, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+        n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, first_k_dense_replace=1, n_group=4,
+        topk_group=2, num_nextn_predict_layers=0, rope_scaling=None, max_position_embeddings=1024),
+}  # fmt: skip

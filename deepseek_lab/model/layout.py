@@ -1,0 +1,58 @@
+"""Where every tensor of a published checkpoint belongs in this library's model.
+
+Published files keep each expert's matrices apart; here the experts are stacked. Everything else has the same name,
+behind the prefix "model.". This one table serves reading, writing and their checks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..config import ModelConfig
+from .transformer import Transformer
+
+
+class Place(NamedTuple):
+    """Where a published tensor lives: the name in our state dict, an index into it, and the published shape."""
+
+    name: str
+    index: tuple
+    shape: tuple[int, ...]
+    quantised: bool  # FP8 in the published FP8 checkpoints
+
+
+def published_layout(config: ModelConfig) -> dict[str, Place]:
+    """Return {published name: Place} for every tensor of a model, without allocating the model."""
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    places = {}
+    for name, tensor in state.items():
+        if name == "lm_head.weight":
+            if not config.tie_word_embeddings:
+                places[name] = Place(name, (), tuple(tensor.shape), False)
+        elif name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            places.update(_expert_places(name, tuple(tensor.shape), config))
+        else:
+            places["model." + name] = Place(name, (), tuple(tensor.shape), name.endswith("_proj.weight") or "_mqa." in name)
+    return places
+
+
+def _expert_places(name: str, shape: tuple[int, ...], config: ModelConfig):
+    prefix, kind = name.rsplit(".", 1)
+    width = config.moe_intermediate_size
+    if kind == "down_proj":
+        parts = {"down_proj": slice(None)}
+    else:
+        parts = {"gate_proj": slice(0, width), "up_proj": slice(width, 2 * width)}
+    for expert in range(shape[0]):
+        for part, rows in parts.items():
+            size = (shape[1] if kind == "down_proj" else width, shape[2])
+            yield f"model.{prefix}.{expert}.{part}.weight", Place(name, (expert, rows), size, True)
+
+
+def is_skipped(name: str, config: ModelConfig) -> bool:
+    """Whether a published tensor is known but not part of this model: prediction modules, or stored rope frequencies."""
+    modules = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    return name.endswith("rotary_emb.inv_freq") or any(name.startswith(f"model.layers.{i}.") for i in modules)

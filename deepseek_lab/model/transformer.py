@@ -1,0 +1,87 @@
+"""The whole model: embed, a stack of layers, normalise, score the next token.
+
+Module names are those of the published checkpoints, so `layers.3.self_attn.kv_b_proj` means the same here and there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import GroupedAttention, LatentAttention
+from ..attention.caches import new_cache
+from ..config import ModelConfig
+from ..experts import ExpertLayer, SwiGLU
+
+
+class Layer(nn.Module):
+    """One pre-norm block: x += attention(norm(x)); x += feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = LatentAttention(config) if config.uses_latent_attention else GroupedAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        has_experts = index >= config.num_dense_layers
+        self.mlp = ExpertLayer(config) if has_experts else SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, positions: Tensor, cache=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model built from a config: DeepSeek-V3, V2, or a dense Llama or Qwen 2.
+
+    model(tokens [batch, token] int64, caches=None) -> logits [batch, token, vocab]. With caches (one per layer, from
+    `new_caches`), tokens continue what the caches hold. Weights start normal with `config.initializer_range`.
+    Raises ValueError for tokens of the wrong shape, dtype or range, or a sequence longer than the model's positions.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, caches: list | None = None) -> Tensor:
+        start = caches[0].length if caches else 0
+        self._check(tokens, start, caches)
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        x = self.embed_tokens(tokens)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, positions, caches[index] if caches else None)
+        return self.lm_head(self.norm(x))
+
+    def new_caches(self, batch: int = 1, capacity: int = 64) -> list:
+        """Return one empty cache per layer, on the model's device and in its dtype."""
+        like = self.embed_tokens.weight
+        return [new_cache(self.config, batch, capacity, like.dtype, like.device) for _ in self.layers]
+
+    def expert_layers(self) -> list[ExpertLayer]:
+        """Return the mixture-of-experts layers, from the first to the last."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, ExpertLayer)]
+
+    def _check(self, tokens: Tensor, start: int, caches: list | None) -> None:
+        c = self.config
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32) or not tokens.numel():
+            raise ValueError(f"model got tokens of shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected "
+                             "[batch, token] of int64 with at least one token")  # fmt: skip
+        if start + tokens.shape[1] > c.max_position_embeddings:
+            raise ValueError(f"{start + tokens.shape[1]} tokens exceed max_position_embeddings={c.max_position_embeddings}; "
+                             "shorten the text")  # fmt: skip
+        low, high = (int(v) for v in tokens.aminmax())
+        if low < 0 or high >= c.vocab_size:
+            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary 0..{c.vocab_size - 1}; was the "
+                             "text encoded with this model's tokenizer?")  # fmt: skip
+        if caches is not None and len(caches) != len(self.layers):
+            raise ValueError(f"model got {len(caches)} caches for {len(self.layers)} layers; use model.new_caches(batch)")
