@@ -8,7 +8,6 @@ course talks about; nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,9 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.rope_type not in ("yarn", "llama3"):
-            raise ValueError(f"rope_scaling.rope_type={self.rope_type!r} is unknown; choose 'yarn' or 'llama3', or None")
+            raise ValueError(
+                f"rope_scaling.rope_type={self.rope_type!r} is unknown; choose 'yarn' or 'llama3', or None"
+            )
         if self.factor < 1:
             raise ValueError(f"rope_scaling.factor={self.factor} shrinks the context; choose a factor >= 1")
 
@@ -168,83 +169,18 @@ class ModelConfig:
         Keys that describe something else (dropout, token ids, dtype) are passed over. `rope_parameters`, which newer
         files write, is read like `rope_theta` and `rope_scaling`. Raises ValueError for an unknown `model_type`.
         """
-        raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
-        kind = raw.get("model_type")
-        if kind not in MODEL_TYPES:
-            raise ValueError(f"model_type={kind!r} is not one this library builds; it knows {', '.join(MODEL_TYPES)}")
-        rope = raw.get("rope_parameters") or {}
-        scaling = raw.get("rope_scaling") or rope
-        values = {**_DEFAULTS_OF_TYPE[kind]}
-        values.update({k: v for k, v in raw.items() if k in _FIELDS and v is not None})
-        values["rope_theta"] = float(raw.get("rope_theta") or rope.get("rope_theta") or values.get("rope_theta", 10000.0))
-        values["rope_scaling"] = _rope_scaling(scaling)
-        if kind in ("llama", "qwen2"):
-            values = {k: v for k, v in values.items() if k not in _LATENT_AND_EXPERT_FIELDS}
-            values.setdefault("num_key_value_heads", values.get("num_attention_heads", cls.num_attention_heads))
-        else:
-            values["head_dim"] = None  # newer files repeat qk_rope_head_dim under this name
-            values["q_lora_rank"] = raw.get("q_lora_rank", values.get("q_lora_rank"))
-        if kind == "qwen2":
-            values["attention_bias"] = True
-        return cls(**values)
+        from .hf_config import read_config
+
+        return cls(**read_config(source))
 
     def to_hf(self) -> dict:
         """Return the config as a published `config.json` has it: `from_hf(config.to_hf()) == config`."""
-        skipped = {"rope_scaling"} | (_LATENT_AND_EXPERT_FIELDS if self.model_type in ("llama", "qwen2") else {"head_dim"})
-        out = {name: getattr(self, name) for name in _FIELDS if name not in skipped}
-        out["architectures"] = [_ARCHITECTURES[self.model_type]]
-        out["rope_scaling"] = None
-        if self.rope_scaling is not None:
-            scaling = {k: v for k, v in dataclasses.asdict(self.rope_scaling).items() if v is not None}
-            other = ("low_freq_factor", "high_freq_factor") if scaling["rope_type"] == "yarn" else ("beta_fast", "beta_slow")
-            out["rope_scaling"] = {k: v for k, v in scaling.items() if k not in other}
-        return out
+        from .hf_config import write_config
+
+        return write_config(self)
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
-_LATENT_AND_EXPERT_FIELDS = {
-    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
-    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace",
-    "n_group", "topk_group", "scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor",
-    "num_nextn_predict_layers",
-}  # fmt: skip
-_ARCHITECTURES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
-# What a published file may leave out because it is the architecture's default.
-_DEFAULTS_OF_TYPE = {
-    "deepseek_v3": dict(model_type="deepseek_v3", scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True),
-    "deepseek_v2": dict(model_type="deepseek_v2", scoring_func="softmax", topk_method="greedy", norm_topk_prob=False),
-    "llama": dict(model_type="llama"),
-    "qwen2": dict(model_type="qwen2"),
-}
-
-
-def _read_json(path: Path) -> dict:
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; a model directory needs a config.json beside its weights")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a JSON {type(raw).__name__}; a config is an object with named fields")
-    return raw
-
-
-def _rope_scaling(raw: Mapping) -> RopeScaling | None:
-    kind = raw.get("rope_type", raw.get("type"))
-    if kind in (None, "default"):
-        return None
-    names = [field.name for field in dataclasses.fields(RopeScaling) if field.name != "rope_type"]
-    missing = [n for n in ("factor", "original_max_position_embeddings") if n not in raw]
-    if missing:
-        raise ValueError(f"rope_scaling of type {kind!r} lacks {' and '.join(missing)}; add them to the config")
-    return RopeScaling(rope_type=kind, **{n: raw[n] for n in names if raw.get(n) is not None})
 
 
 def _refuse_unknown(names, where: str) -> None:
@@ -266,6 +202,8 @@ def _check_sizes(c: ModelConfig) -> None:
 
 def _check_attention(c: ModelConfig) -> None:
     if c.uses_latent_attention:
+        if c.attention_bias:
+            raise ValueError("attention_bias=True with latent attention; no published DeepSeek has it, set it to False")
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             if getattr(c, name) < 1:
                 raise ValueError(f"{name}={getattr(c, name)} with latent attention; choose a width >= 1")
@@ -308,52 +246,3 @@ def _check_experts(c: ModelConfig) -> None:
     if c.topk_method == "noaux_tc" and size < 2:
         raise ValueError(f"n_group={c.n_group} leaves one expert per group, but a group's score is the sum of its two "
                          f"best; choose n_group <= {n // 2}")  # fmt: skip
-
-
-_DEEPSEEK_YARN = RopeScaling("yarn", 40.0, 4096, 32.0, 1.0, 1.0, 1.0)
-_LLAMA3_ROPE = RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-
-_V3 = ModelConfig(
-    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-    n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048,
-    first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
-    rope_scaling=_DEEPSEEK_YARN, max_position_embeddings=163840,
-)  # fmt: skip
-_V2 = _V3.replace(
-    model_type="deepseek_v2", vocab_size=102400, hidden_size=5120, num_hidden_layers=60, intermediate_size=12288,
-    n_routed_experts=160, n_shared_experts=2, num_experts_per_tok=6, moe_intermediate_size=1536, topk_group=3,
-    first_k_dense_replace=1, scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False,
-    routed_scaling_factor=16.0, num_nextn_predict_layers=0,
-)  # fmt: skip
-_V2_LITE = _V2.replace(
-    hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None,
-    intermediate_size=10944, n_routed_experts=64, moe_intermediate_size=1408, n_group=1, topk_group=1,
-    topk_method="greedy", routed_scaling_factor=1.0,
-    rope_scaling=dataclasses.replace(_DEEPSEEK_YARN, mscale=0.707, mscale_all_dim=0.707),
-)  # fmt: skip
-_LLAMA_8B = ModelConfig(
-    model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0, rope_scaling=_LLAMA3_ROPE,
-    max_position_embeddings=131072, rms_norm_eps=1e-5,
-)  # fmt: skip
-
-#: The models the course compares. Sources: DeepSeek-V3 and V2 reports and config.json files; meta-llama/llama-models
-#: sku_list.py; Qwen2.5-72B config.json. "tiny" is this course's own: V3 in every part, small enough for a laptop.
-PRESETS: dict[str, ModelConfig] = {
-    "deepseek-v3": _V3,
-    "deepseek-v2": _V2,
-    "deepseek-v2-lite": _V2_LITE,
-    "llama-3.1-8b": _LLAMA_8B,
-    "llama-3.1-70b": _LLAMA_8B.replace(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                                       num_attention_heads=64),
-    "llama-3.1-405b": _LLAMA_8B.replace(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126,
-                                        num_attention_heads=128),
-    "qwen2.5-72b": _LLAMA_8B.replace(model_type="qwen2", vocab_size=152064, hidden_size=8192, intermediate_size=29568,
-                                     num_hidden_layers=80, num_attention_heads=64, attention_bias=True,
-                                     rope_theta=1000000.0, rope_scaling=None, max_position_embeddings=32768),
-    "tiny": _V3.replace(
-        vocab_size=260, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=8, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-        n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, first_k_dense_replace=1, n_group=4,
-        topk_group=2, num_nextn_predict_layers=0, rope_scaling=None, max_position_embeddings=1024),
-}  # fmt: skip

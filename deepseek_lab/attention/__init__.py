@@ -3,5 +3,6 @@
 from .caches import GroupedCache, LatentCache
 from .grouped import GroupedAttention
 from .latent import LatentAttention
+from .norm import RMSNorm
 
-__all__ = ["GroupedAttention", "GroupedCache", "LatentAttention", "LatentCache"]
+__all__ = ["GroupedAttention", "GroupedCache", "LatentAttention", "LatentCache", "RMSNorm"]

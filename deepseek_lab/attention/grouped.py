@@ -43,12 +43,12 @@ class GroupedAttention(nn.Module):
         self.scale = softmax_scale(config)
 
     def forward(self, x: Tensor, positions: Tensor, cache: GroupedCache | None = None) -> Tensor:
-        cos, sin = self.rotary(positions)
+        turns = self.rotary(positions)
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.config.qk_head_dim)).transpose(1, 2)  # [batch, head, token, head_dim]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
+        q, k = rotate_halves(q, turns), rotate_halves(k, turns)
         if cache is not None:
             k, v = cache.append(k, v)
         shared = self.config.num_key_value_heads != self.config.num_attention_heads

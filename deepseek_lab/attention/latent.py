@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from .caches import LatentCache
 from .grouped import causal_mask
+from .norm import RMSNorm
 from .rope import RotaryTable, rotate_halves, rotate_pairs, softmax_scale
 
 LATENT_EPS = 1e-6
@@ -33,17 +34,19 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         if not config.uses_latent_attention:
-            raise ValueError("LatentAttention needs kv_lora_rank, which this config lacks; use GroupedAttention(config)")
+            raise ValueError(
+                "LatentAttention needs kv_lora_rank, which this config lacks; use GroupedAttention(config)"
+            )
         self.config = c = config
         d, heads = c.hidden_size, c.num_attention_heads
         if c.q_lora_rank:
             self.q_a_proj = nn.Linear(d, c.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(c.q_lora_rank, eps=LATENT_EPS)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, eps=LATENT_EPS)
             self.q_b_proj = nn.Linear(c.q_lora_rank, heads * c.qk_head_dim, bias=False)
         else:
             self.q_proj = nn.Linear(d, heads * c.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(d, c.latent_width, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(c.kv_lora_rank, eps=LATENT_EPS)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, eps=LATENT_EPS)
         self.kv_b_proj = nn.Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * c.v_head_dim, d, bias=False)
         self.rotary = RotaryTable(config)
@@ -64,14 +67,14 @@ class LatentAttention(nn.Module):
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries without and with position [batch, head, token, .] and what is cached [batch, token, latent_width]."""
         c = self.config
-        cos, sin = self.rotary(positions)
+        turns = self.rotary(positions)
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
         q = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(1, 2)  # [batch, head, token, head_dim]
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         latent, rope_key = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         # The latent is normalised, the rope key is not: it is small and shared, and the code never did.
-        joint = torch.cat([self.kv_a_layernorm(latent), self.rotate(rope_key, cos, sin)], dim=-1)
-        return q_nope, self.rotate(q_rope, cos, sin), joint
+        joint = torch.cat([self.kv_a_layernorm(latent), self.rotate(rope_key, turns)], dim=-1)
+        return q_nope, self.rotate(q_rope, turns), joint
 
     def _attend_expanded(self, x: Tensor, q_nope: Tensor, q_rope: Tensor, joint: Tensor) -> Tensor:
         c = self.config
@@ -80,8 +83,10 @@ class LatentAttention(nn.Module):
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)  # [batch, head, token, .]
         k = torch.cat([k_nope, rope_key[:, None].expand(-1, c.num_attention_heads, -1, -1)], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
+        # Torch's fused kernel wants values as wide as keys; columns of zeros change nothing and are cut off again.
+        v = F.pad(v, (0, max(c.qk_head_dim - c.v_head_dim, 0)))
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, **causal_mask(x, k.shape[2]))
-        return out.transpose(1, 2).flatten(2)
+        return out[..., : c.v_head_dim].transpose(1, 2).flatten(2)
 
     def _attend_absorbed(self, x: Tensor, q_nope: Tensor, q_rope: Tensor, joint: Tensor) -> Tensor:
         c = self.config

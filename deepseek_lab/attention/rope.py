@@ -36,7 +36,9 @@ def _yarn_ramp(scaling: RopeScaling, dim: int, base: float) -> Tensor:
     """How far each frequency is stretched: 0 below the fast bound, 1 above the slow one, linear in the index between."""
 
     def index_of(rotations: float) -> float:
-        return dim * math.log(scaling.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(base))
+        return (
+            dim * math.log(scaling.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(base))
+        )
 
     low = max(math.floor(index_of(scaling.beta_fast)), 0)
     high = min(math.ceil(index_of(scaling.beta_slow)), dim - 1)
@@ -76,41 +78,41 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 class RotaryTable:
-    """Cosines and sines of every position asked for so far; grows when a later position comes.
+    """The turn of every pair at every position asked for so far; grows when a later position comes.
 
-    Calling it with positions [token] returns two tensors [token, rotary_dim / 2] float32.
+    Calling it with positions [token] returns exp(i * position * theta), [token, rotary_dim / 2] complex64.
     """
 
     def __init__(self, config: ModelConfig):
         self.frequencies = inverse_frequencies(config)
         self.scale = rotation_scale(config)
-        self._cos = self._sin = self.frequencies.new_empty(0, len(self.frequencies))
+        self._turns = torch.empty(0, len(self.frequencies), dtype=torch.complex64, device="cpu")
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Tensor) -> Tensor:
         first, last = int(positions[0]), int(positions[-1])
         consecutive = len(positions) == 1 or bool((positions.diff() == 1).all())
         longest = last if consecutive else int(positions.max())
-        if longest >= len(self._cos) or self._cos.device != positions.device:
-            self._grow(max(longest + 1, 2 * len(self._cos), 256), positions.device)
-        if consecutive:  # the usual case: a view, no copy
-            return self._cos[first : last + 1], self._sin[first : last + 1]
-        return self._cos[positions], self._sin[positions]
+        if longest >= len(self._turns) or self._turns.device != positions.device:
+            self._grow(max(longest + 1, 2 * len(self._turns), 256), positions.device)
+        # Consecutive positions are the usual case: a view, no copy.
+        return self._turns[first : last + 1] if consecutive else self._turns[positions]
 
     def _grow(self, length: int, device: torch.device) -> None:
         angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * self.frequencies.to(device)
-        self._cos, self._sin = angles.cos() * self.scale, angles.sin() * self.scale
+        self._turns = torch.polar(torch.full_like(angles, self.scale), angles)
 
 
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
     """Turn neighbouring pairs (x0, x1), (x2, x3), ...: DeepSeek's layout.
 
-    x: [..., token, rotary_dim]; cos, sin: [token, rotary_dim / 2]. Returns the shape and dtype of x.
+    x: [..., token, rotary_dim]; turns: [token, rotary_dim / 2] complex64. A pair is read as one complex number, so a
+    turn is a multiplication. Returns the shape and dtype of x.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_halves(x: Tensor, turns: Tensor) -> Tensor:
     """Turn the pairs (x_k, x_{k + dim/2}): Llama's layout. Shapes as in `rotate_pairs`."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+    turned = torch.complex(*x.float().chunk(2, dim=-1)) * turns
+    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)

@@ -22,7 +22,9 @@ def update_bias(bias: Tensor, load: Tensor, speed: float) -> Tensor:
     b_i <- b_i + speed * sign(mean(load) - load_i). An expert exactly at the mean stays where it is.
     """
     if bias.shape != load.shape:
-        raise ValueError(f"update_bias got {tuple(bias.shape)} biases and {tuple(load.shape)} loads; one load per expert")
+        raise ValueError(
+            f"update_bias got {tuple(bias.shape)} biases and {tuple(load.shape)} loads; one load per expert"
+        )
     load = load.double()  # counts far above 2^24 would lose their last digits in float32
     return bias + speed * torch.sign(load.mean() - load).to(bias.dtype)
 

@@ -44,18 +44,26 @@ class Experts(nn.Module):
         gate, up = grouped_linear(x, self.gate_up_proj, ends).chunk(2, dim=-1)
         return grouped_linear(F.silu(gate) * up, self.down_proj, ends)
 
-    def forward_few(self, x: Tensor, experts: Tensor) -> Tensor:
-        """x: [token, hidden], experts: [token, choice]. Returns [token, choice, hidden]; copies the chosen weights."""
-        chosen = self.gate_up_proj[experts]  # [token, choice, 2 * width, hidden]
-        gate, up = (chosen @ x[:, None, :, None]).chunk(2, dim=2)
-        return (self.down_proj[experts] @ (F.silu(gate) * up)).squeeze(-1)
+    def forward_few(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x: [token, hidden], experts and weights: [token, choice]. Returns the weighted sums [token, hidden].
+
+        Reads the chosen experts where they lie: for a token or two, sorting and copying would cost more than the answer.
+        """
+        out = torch.zeros_like(x)
+        for row, token, chosen, shares in zip(out, x, experts.tolist(), weights.tolist(), strict=True):
+            for expert, share in zip(chosen, shares, strict=True):
+                gate, up = torch.mv(self.gate_up_proj[expert], token).chunk(2)
+                row.addmv_(self.down_proj[expert], F.silu(gate) * up, alpha=share)
+        return out
 
 
 class ExpertLayer(nn.Module):
     """Shared experts for every token and routed experts for the tokens that chose them.
 
-    forward(x [batch, token, hidden]) -> the same shape. Afterwards `load` [expert] says how many tokens each expert got.
+    forward(x [batch, token, hidden]) -> the same shape. Afterwards `load` says how many tokens each expert got.
     """
+
+    FEW = 16  # slots up to which experts are read one by one
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -63,26 +71,31 @@ class ExpertLayer(nn.Module):
         self.experts = Experts(config)
         width = config.n_shared_experts * config.moe_intermediate_size  # several shared experts are one wider network
         self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
-        self.load = None
+        self._chosen = None
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
         routed = self._routed(flat, self.gate(flat)).view_as(x)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
+    @property
+    def load(self) -> Tensor:
+        """How many tokens each expert got in the last forward pass: [expert] int64."""
+        if self._chosen is None:
+            raise ValueError("this layer has routed nothing yet; call the model first, then ask for its load")
+        return torch.bincount(self._chosen.flatten(), minlength=len(self.experts.down_proj))
+
     def _routed(self, x: Tensor, routing: Routing) -> Tensor:
         experts, weights = routing.experts, routing.weights.to(x.dtype)
+        self._chosen = experts
+        if experts.numel() <= self.FEW and not torch.is_grad_enabled():
+            return self.experts.forward_few(x, experts, weights)
         choices = experts.shape[1]
-        slots = experts.flatten()  # slot = token * choices + choice
-        self.load = torch.bincount(slots, minlength=len(self.experts.down_proj))
-        if len(slots) <= 8 and not torch.is_grad_enabled():  # writing one token: sorting would cost more than it saves
-            answers = self.experts.forward_few(x, experts)
-        else:
-            order = slots.argsort(stable=True)
-            back = torch.empty_like(order)
-            back[order] = torch.arange(len(order), device=order.device)
-            sent = Dispatch.apply(x, order, back, choices)
-            answers = Permute.apply(self.experts(sent, self.load), back, order).unflatten(0, (-1, choices))
+        order = experts.flatten().argsort(stable=True)  # slot = token * choices + choice, now sorted by expert
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        sent = Dispatch.apply(x, order, back, choices)
+        answers = Permute.apply(self.experts(sent, self.load), back, order).unflatten(0, (-1, choices))
         return torch.bmm(weights[:, None], answers).squeeze(1)
 
 

@@ -37,7 +37,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         c = self.config
-        logits = F.linear(x.float(), self.weight.float())  # near-ties decide experts: float32 whatever the model's dtype
+        logits = F.linear(
+            x.float(), self.weight.float()
+        )  # near-ties decide experts: float32 whatever the model's dtype
         scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(dim=-1)
         experts = self.choose(scores.detach())
         weights = scores.gather(1, experts)  # the unbiased scores: the correction bias never touches the gate

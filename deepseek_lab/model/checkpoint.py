@@ -58,9 +58,7 @@ def load_hf(directory: str | Path, dtype: torch.dtype = torch.float32) -> Transf
     return model.eval()
 
 
-def save_hf(
-    model: Transformer, directory: str | Path, dtype: str = "fp32", max_shard_bytes: int = 5 * 10**9
-) -> None:
+def save_hf(model: Transformer, directory: str | Path, dtype: str = "fp32", max_shard_bytes: int = 5 * 10**9) -> None:
     """Write a model as `config.json` and safetensors, in shards of at most `max_shard_bytes` where it is larger.
 
     dtype: "fp32", "bf16", or "fp8" (E4M3 codes with `weight_scale_inv` for the matrices that the released weights keep
@@ -76,7 +74,11 @@ def save_hf(
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + size > max_shard_bytes:
             shards.append({})
         shards[-1].update(tensors)
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
     for name, tensors in zip(names, shards, strict=True):
         _write(directory / name, lambda path, tensors=tensors: save_file(tensors, path, metadata={"format": "pt"}))
     config = model.config.to_hf()
@@ -115,7 +117,9 @@ def _files(directory: Path) -> list[Path]:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index} is damaged ({error!r}); copy the file again") from error
-        odd = sorted(str(n) for n in names if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors"))
+        odd = sorted(
+            str(n) for n in names if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors")
+        )
         if odd:
             raise ValueError(f"{index} points to {odd[0]!r}; a shard is a .safetensors file in the same directory")
         files = [directory / name for name in sorted(names)]
@@ -145,7 +149,9 @@ def _headers(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  (a safetensors file is not a dict)
                 if name in found:
-                    raise ValueError(f"{name} stands in {found[name][0].name} and in {file.name}; a tensor has one place")
+                    raise ValueError(
+                        f"{name} stands in {found[name][0].name} and in {file.name}; a tensor has one place"
+                    )
                 view = tensors.get_slice(name)
                 found[name] = (file, tuple(view.get_shape()), view.get_dtype())
     return found

@@ -35,7 +35,9 @@ def published_layout(config: ModelConfig) -> dict[str, Place]:
         elif name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
             places.update(_expert_places(name, tuple(tensor.shape), config))
         else:
-            places["model." + name] = Place(name, (), tuple(tensor.shape), name.endswith("_proj.weight") or "_mqa." in name)
+            places["model." + name] = Place(
+                name, (), tuple(tensor.shape), name.endswith("_proj.weight") or "_mqa." in name
+            )
     return places
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attention import GroupedAttention, LatentAttention
+from ..attention import GroupedAttention, LatentAttention, RMSNorm
 from ..attention.caches import new_cache
 from ..config import ModelConfig
 from ..experts import ExpertLayer, SwiGLU
@@ -19,9 +19,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = LatentAttention(config) if config.uses_latent_attention else GroupedAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         has_experts = index >= config.num_dense_layers
         self.mlp = ExpertLayer(config) if has_experts else SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -43,7 +43,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -84,4 +84,6 @@ class Transformer(nn.Module):
             raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary 0..{c.vocab_size - 1}; was the "
                              "text encoded with this model's tokenizer?")  # fmt: skip
         if caches is not None and len(caches) != len(self.layers):
-            raise ValueError(f"model got {len(caches)} caches for {len(self.layers)} layers; use model.new_caches(batch)")
+            raise ValueError(
+                f"model got {len(caches)} caches for {len(self.layers)} layers; use model.new_caches(batch)"
+            )

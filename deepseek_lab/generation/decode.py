@@ -1,0 +1,66 @@
+"""Read the prompt at once, then write one token after another from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..model import Transformer
+
+
+def generate(
+    model: Transformer,
+    tokens: Tensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stream: bool = False,
+) -> Tensor | Iterator[Tensor]:
+    """Continue a prompt [batch, token] by `max_new_tokens` and return prompt and continuation, [batch, length] int64.
+
+    temperature 0 always takes the likeliest token; above 0 tokens are drawn from softmax(logits / temperature), after
+    cutting the tail so that the kept tokens reach probability `top_p`. The same seed draws the same text.
+    stream=True returns an iterator of the new tokens instead, [batch] each, as they are made.
+    Raises ValueError where a setting is out of range or the text would outgrow the model's positions.
+    """
+    longest = tokens.shape[-1] + max_new_tokens
+    if max_new_tokens < 1 or longest > model.config.max_position_embeddings:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} after {tokens.shape[-1]} prompt tokens; choose at least 1 and at most "
+            f"{model.config.max_position_embeddings} together (max_position_embeddings)"
+        )
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature}, top_p={top_p}; choose temperature >= 0 and 0 < top_p <= 1")
+    steps = _steps(model, tokens, max_new_tokens, temperature, top_p, seed)
+    return steps if stream else torch.cat([tokens, torch.stack(list(steps), dim=1)], dim=1)
+
+
+def _steps(model, tokens: Tensor, count: int, temperature: float, top_p: float, seed: int | None) -> Iterator[Tensor]:
+    generator = None
+    if temperature > 0:
+        generator = torch.Generator(tokens.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+    caches = model.new_caches(batch=tokens.shape[0], capacity=tokens.shape[1] + count)
+    last = tokens  # the first pass reads the whole prompt, every further one a single token
+    for _ in range(count):
+        with torch.inference_mode():
+            logits = model(last, caches)[:, -1]
+        new = sample(logits, temperature, top_p, generator)
+        yield new
+        last = new[:, None]
+
+
+def sample(logits: Tensor, temperature: float, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """Choose one token per row: logits [batch, vocab] -> [batch] int64. Settings as in `generate`."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits.double() / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, index = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
+        ordered = ordered.masked_fill(before >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

@@ -1,0 +1,80 @@
+"""What every notebook begins with, and how notebooks are executed, checked and stored.
+
+`lab.setup()` is the first code cell. The rest is for authors and tests:
+
+    python -m deepseek_lab.notebook run [paths]      execute, then store in the canonical form
+    python -m deepseek_lab.notebook format [paths]   store in the canonical form, without executing
+    python -m deepseek_lab.notebook check [paths]    say what is wrong, change nothing
+
+Without paths: every notebook in notebooks/. The canonical form and the rules are in notebook_rules.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def setup(seed: int = 0, threads: int | None = None) -> None:
+    """Seed Python, NumPy and torch, put on the course's figure style, and fix torch's thread count when asked.
+
+    seed:    an integer from 0 to 2**32 - 1, what NumPy accepts.
+    threads: at least 1; None leaves torch's own choice.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} is outside what NumPy accepts; choose an integer from 0 to 2**32 - 1")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} would leave torch no thread to run on; choose 1 or more, or None")
+    import random
+
+    import numpy
+    import torch
+
+    from deepseek_lab.plots import use_style
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    use_style()
+
+
+def execute(notebook, folder: Path, timeout: int = 600):
+    """Run every cell in a fresh kernel of this interpreter, with folder as working directory; return the notebook."""
+    from nbclient import NotebookClient
+
+    client = NotebookClient(
+        notebook, kernel_name="python3", timeout=timeout, resources={"metadata": {"path": str(folder)}},
+        store_widget_state=False, record_timing=False, coalesce_streams=True,
+    )  # fmt: skip
+    return client.execute()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; the exit status is 1 when a notebook has a problem."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deepseek_lab.notebook", description="Run, check or store notebooks."
+    )
+    parser.add_argument("action", choices=["run", "check", "format"])
+    parser.add_argument("paths", nargs="*", type=Path, help="notebooks; without any, every one in notebooks/")
+    options = parser.parse_args(arguments)
+    import nbformat
+
+    from deepseek_lab.notebook_rules import normalise, problems
+
+    count = 0
+    for path in options.paths or sorted(Path("notebooks").glob("*.ipynb")):
+        if options.action != "check":
+            notebook = nbformat.read(path, as_version=4)
+            if options.action == "run":
+                print(f"{path}: running", flush=True)
+                notebook = execute(notebook, path.parent)
+            nbformat.write(normalise(notebook, path.stem), path)
+        for problem in problems(path):
+            count += 1
+            print(f"{path}: {problem}")
+    return int(count > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

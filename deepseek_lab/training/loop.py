@@ -1,0 +1,170 @@
+"""One training step after another, each leaving a record; stop and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data import Batches
+from ..experts import balance
+from ..model import Transformer
+from .optimizer import Recipe, make_optimizer
+from .state import load_state, save_state
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step saw and did.
+
+    loss is in nats per token, before the update; load [layer, expert] counts tokens; bytes holds what weights, gradients
+    and optimiser moments take at the end of the step, before gradients are freed.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    seconds: float
+    load: Tensor
+    bytes: dict[str, int]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def max_violation(self) -> float:
+        """The worst layer's MaxVio; 0 in a model without experts."""
+        return max((balance.max_violation(row) for row in self.load), default=0.0)
+
+
+def train(
+    model: Transformer,
+    batches: Batches,
+    recipe: Recipe,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 200,
+    resume: bool = False,
+    progress: bool = False,
+) -> Iterator[StepRecord]:
+    """Train in place and yield one `StepRecord` per step.
+
+    With `checkpoint` a safetensors file is written every `checkpoint_every` steps, at the end, and when the run is
+    interrupted (Ctrl-C takes effect after the running step). `resume=True` goes on from that file: on one thread, the
+    losses are those of the uninterrupted run, bit for bit. `progress` shows a bar.
+
+    Raises ValueError when the loss is not a number, naming the step, and when the file belongs to another run.
+    """
+    optimizer = make_optimizer(model, recipe)
+    start = load_state(checkpoint, model, optimizer, recipe, batches) if resume else 0
+    done = start
+    model.train()
+    try:
+        for step in tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, disable=not progress):
+            with _interrupts_wait():
+                record = _step(model, batches, optimizer, recipe, step)
+                done = step + 1
+                if checkpoint is not None and done % checkpoint_every == 0 and done < recipe.steps:
+                    save_state(checkpoint, model, optimizer, recipe, batches, done)
+            yield record
+    finally:
+        model.eval()
+        if checkpoint is not None and done > start:
+            save_state(checkpoint, model, optimizer, recipe, batches, done)
+
+
+def _step(model: Transformer, batches: Batches, optimizer, recipe: Recipe, step: int) -> StepRecord:
+    began = time.perf_counter()
+    rate = recipe.learning_rate_at(step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    batch = batches[step].to(model.embed_tokens.weight.device)
+    loss = next_token_loss(model, batch)
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss of step {step} is {loss.item()}; the weights are left as they were before this step: lower "
+                         f"the learning rate (now {rate:.2g}) or warm up longer")  # fmt: skip
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+    optimizer.step()
+    sizes = _bytes_of(model, optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    load = rebalance(model, recipe.balance_speed)
+    seconds = time.perf_counter() - began
+    return StepRecord(step, loss.item(), rate, norm.item(), batches.tokens_per_step, seconds, load, sizes)
+
+
+def next_token_loss(model: Transformer, batch: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of predicting each token from those before it; batch: [batch, token + 1]."""
+    logits = model(batch[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+@torch.no_grad()
+def rebalance(model: Transformer, speed: float) -> Tensor:
+    """Move every correction bias by the load of the step just done; return the loads [layer, expert]."""
+    layers = model.expert_layers()
+    for layer in layers:
+        if hasattr(layer.gate, "e_score_correction_bias"):
+            bias = layer.gate.e_score_correction_bias
+            bias.copy_(balance.update_bias(bias, layer.load, speed))
+    return torch.stack([layer.load for layer in layers]).cpu() if layers else torch.empty(0, 0, dtype=torch.int64)
+
+
+@torch.inference_mode()
+def evaluate(model: Transformer, tokens: Tensor, length: int = 256, batch: int = 16) -> float:
+    """Return the mean loss in nats per token over a text [token], read in neighbouring stretches of `length`."""
+    windows = (len(tokens) - 1) // length
+    if windows < 1:
+        raise ValueError(f"evaluate got {len(tokens)} tokens; at least length + 1 = {length + 1} are needed")
+    tokens = tokens[: windows * length + 1].long()
+    rows = torch.stack([tokens[i * length : (i + 1) * length + 1] for i in range(windows)])
+    was_training = model.training
+    model.eval()
+    total = sum(next_token_loss(model, part).item() * len(part) for part in rows.split(batch))
+    model.train(was_training)
+    return total / windows
+
+
+def _bytes_of(model: Transformer, optimizer) -> dict[str, int]:
+    """Bytes of the live tensors, by part."""
+    parameters = list(model.parameters())
+    moments = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
+    return {
+        "weights": sum(p.nbytes for p in parameters) + sum(b.nbytes for b in model.buffers()),
+        "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+        "moments": sum(m.nbytes for m in moments),
+    }
+
+
+@contextlib.contextmanager
+def _interrupts_wait():
+    """Hold Ctrl-C back until the block is done, so that no step is half taken; a second one gets through at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending = []
+    previous = signal.getsignal(signal.SIGINT)
+
+    def hold(number, frame):
+        if pending:
+            raise KeyboardInterrupt
+        pending.append(number)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pending:
+        raise KeyboardInterrupt

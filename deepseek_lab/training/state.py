@@ -1,0 +1,85 @@
+"""A training run in one safetensors file: weights, biases, moments, and how far it got.
+
+What a batch contains depends on its step alone and the model draws no random numbers while it trains, so the step is
+the whole state of the data and of chance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..data import Batches
+from ..model import Transformer
+from .optimizer import Recipe
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _run_identity(model: Transformer, recipe: Recipe, batches: Batches) -> dict[str, str]:
+    """What must agree for a resumed run to be the same run."""
+    return {
+        "config": json.dumps(model.config.to_hf(), sort_keys=True),
+        "recipe": json.dumps(dataclasses.asdict(recipe), sort_keys=True),
+        "batches": batches.fingerprint(),
+    }
+
+
+def save_state(path: str | Path, model: Transformer, optimizer, recipe: Recipe, batches: Batches, done: int) -> None:
+    """Write the run after `done` steps; the file is replaced whole or not at all."""
+    path = Path(path)
+    tensors = {f"model.{name}": t.detach().contiguous() for name, t in _unshared(model).items()}
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{kind}.{name}"] = value
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(tensors, temporary, metadata={**_run_identity(model, recipe, batches), "done": str(done)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: Recipe, batches: Batches) -> int:
+    """Put a saved run back into model and optimizer; return how many steps it had done.
+
+    Everything is read and compared before anything is overwritten. Raises ValueError for a missing or damaged file, and
+    for one that another config, recipe or text wrote.
+    """
+    if path is None or not Path(path).is_file():
+        raise ValueError(f"resume=True needs an existing checkpoint file, got {path}; start with resume=False")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); use an earlier checkpoint") from error
+    for key, value in _run_identity(model, recipe, batches).items():
+        if metadata.get(key) != value:
+            raise ValueError(
+                f"{path} was written by a run with another {key}: {metadata.get(key)}; this one has {value}"
+            )
+    parameters = dict(model.named_parameters())
+    expected = {f"model.{name}" for name in _unshared(model)} | {f"{k}.{name}" for k in MOMENTS for name in parameters}
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)
+        raise ValueError(f"{path} and this model differ in {len(odd)} tensors, the first is {odd[0]}")
+    with torch.no_grad():
+        for name, tensor in _unshared(model).items():
+            tensor.copy_(tensors[f"model.{name}"])
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
+    return int(metadata["done"])
+
+
+def _unshared(model: Transformer) -> dict[str, torch.Tensor]:
+    """The state dict without the second name of tied weights, which safetensors refuses to store twice."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

@@ -1,0 +1,136 @@
+"""The course in a real JupyterLab and browser: it runs, widgets follow the keyboard, nothing leaves the machine."""
+
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from labserver import ROOT, answers, find_chromium, free_port, own_places, running
+
+START = "00_start_here.ipynb"
+PICTURE = ".memory-bar svg[role=img]"
+
+
+def lab_command(*variables: str) -> list[str]:
+    """The command that `make lab` ends with, run by this interpreter instead of .venv's."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not on this machine; README.md has the plain commands")
+    lines = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", "lab", f"PY={sys.executable}", *variables],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    return lines[-1].split()
+
+
+def printed_token(log, link: str, seconds: float = 30) -> str:
+    """What follows the link in the server's output, once it is printed."""
+    deadline = time.monotonic() + seconds
+    while link not in log.read_text():
+        assert time.monotonic() < deadline, f"{link} is not in what JupyterLab printed:\n{log.read_text()}"
+        time.sleep(0.1)
+    return log.read_text().partition(link)[2].split()[0]
+
+
+def test_make_lab_listens_on_loopback_and_asks_for_the_token_it_prints(tmp_path):
+    port = free_port()
+    command = lab_command(f"LAB_FLAGS=--no-browser --ServerApp.port={port} --ServerApp.port_retries=0")
+    assert "--ServerApp.ip=127.0.0.1" in command
+    assert not [word for word in command if "token" in word or "password" in word]
+    log, url = tmp_path / "lab.log", f"http://127.0.0.1:{port}"
+    with running(command, own_places(tmp_path), f"{url}/api", log):
+        token = printed_token(log, f"{url}/lab/tree/notebooks/{START}?token=")
+        assert len(token) >= 32
+        assert answers(f"{url}/api/contents/notebooks") == 403
+        assert answers(f"{url}/api/contents/notebooks", token) == 200
+
+
+@pytest.fixture(scope="module")
+def start(open_notebook):
+    """The first notebook on one page, run once for all tests of this file."""
+    return open_notebook(START).run_all()
+
+
+@pytest.fixture
+def picture(start):
+    """The memory bar's picture; its aria-label says in words what it shows. The test that uses it logs no error."""
+    start.errors.clear()
+    svg = start.page.locator(PICTURE)
+    svg.scroll_into_view_if_needed()
+    yield svg
+    assert start.errors == []
+
+
+def changed(picture, before: str) -> str:
+    """Wait until the picture says something else than before; return what it says."""
+    picture.page.wait_for_function(
+        "([selector, before]) => document.querySelector(selector)?.getAttribute('aria-label') !== before",
+        arg=[PICTURE, before],
+        timeout=10_000,
+    )
+    return picture.get_attribute("aria-label")
+
+
+def test_the_first_notebook_runs_in_jupyterlab_without_errors_or_outside_requests(start):
+    start.shot("00_start_here")
+    assert start.outside == []
+    assert start.errors == []
+
+
+def test_the_memory_bar_follows_its_slider_by_keyboard(start, picture):
+    start.slider("context").focus()
+    start.press("Home")
+    start.page.wait_for_timeout(1000)  # the slider may have stood there already, so nothing need change
+    says, height = picture.get_attribute("aria-label"), picture.bounding_box()["height"]
+    for key in ("ArrowRight", "End", "ArrowLeft"):
+        start.press(key)
+        says = changed(picture, says)
+    start.slider("batch").focus()
+    start.press("ArrowRight")
+    changed(picture, says)
+    assert picture.bounding_box()["height"] == height, "the page jumps when the picture changes"
+    start.shot("memory_bar")
+
+
+@pytest.mark.parametrize("label", ["model", "weights", "cache", "gpu"])
+def test_every_choice_of_the_memory_bar_can_be_made_by_keyboard(start, picture, label):
+    choice, says = start.dropdown(label), picture.get_attribute("aria-label")
+    chosen = choice.input_value()
+    choice.focus()
+    start.press("ArrowDown" if choice.evaluate("s => s.selectedIndex + 1 < s.options.length") else "ArrowUp")
+    assert choice.input_value() != chosen
+    says = changed(picture, says)
+    choice.select_option(chosen)
+    changed(picture, says)
+
+
+def test_the_controls_of_the_memory_bar_are_reached_by_tab(start, picture):
+    start.dropdown("model").focus()
+    reached = set()
+    for _ in range(12):
+        reached.add(
+            start.page.evaluate("""() => document.activeElement.closest('.widget-inline-hbox')
+            ?.querySelector('.widget-label')?.textContent""")
+        )
+        start.press("Tab")
+    assert {"model", "weights", "cache", "gpu", "context", "batch"} <= reached
+
+
+def test_the_memory_bar_fits_a_column_of_600_pixels(start, picture):
+    start.page.set_viewport_size({"width": 600, "height": 900})
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    start.shot("memory_bar_600px")
+    start.page.set_viewport_size({"width": 1280, "height": 900})
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 600
+
+
+def test_a_missing_browser_is_skipped_for_a_learner_and_fails_in_ci(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no Chromium found"):
+        find_chromium()
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no Chromium found"):
+        find_chromium()
