@@ -1,0 +1,14 @@
+"""Pictures: records or ledgers in, matplotlib Axes out. Nothing here computes a number that it shows."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "course_map": ["COURSE", "course_map"],
+        "style": ["INK", "PALETTE", "use_style"],
+        "memory": ["memory_bar"],
+        "parts": ["cache_growth", "parts_bar"],
+        "training": ["load_map", "loss_curve"],
+    },
+)

@@ -1,0 +1,54 @@
+"""Pictures of what something consists of, and of what a cache grows to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from deepseek_lab.units import format_bytes
+
+from .style import INK, PALETTE
+
+
+def parts_bar(parts: Mapping[str, float], total_text: str, spoken: Mapping[str, str], ax=None):
+    """Draw one horizontal bar per part, longest first, each with its amount in words, and return the Axes.
+
+    parts: amounts by name. spoken: the same amounts as text. total_text: what stands above the bars.
+    """
+    import matplotlib.pyplot as plt
+
+    ordered = sorted(parts, key=parts.get, reverse=True)
+    if ax is None:
+        ax = plt.subplots(figsize=(7.2, 0.6 + 0.46 * len(parts)))[1]
+    largest = max(parts.values())
+    for row, name in enumerate(ordered):
+        ax.barh(row, parts[name], color=_colour(name), height=0.62)
+        ax.text(parts[name] + 0.012 * largest, row, spoken[name], va="center", color=INK)
+    ax.set_yticks(range(len(ordered)), ordered)
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1.28 * largest), xticks=[], title=total_text)
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["bottom", "left"]].set_visible(False)
+    return ax
+
+
+def cache_growth(tokens: list[int], sizes: Mapping[str, list[int]], ax=None):
+    """Draw the bytes of several caches over the number of tokens, each line with its name at its end; return the Axes.
+
+    tokens: how many tokens were read. sizes: bytes at each of them, by the name of the cache.
+    """
+    import matplotlib.pyplot as plt
+
+    ax = ax if ax is not None else plt.subplots()[1]
+    colours = [PALETTE["cache"], PALETTE["weights"], PALETTE["gradients"]]
+    for colour, (name, values) in zip(colours, sizes.items(), strict=False):
+        ax.plot(tokens, [v / 2**20 for v in values], color=colour)
+        ax.annotate(f"{name}\n{format_bytes(values[-1])}", (tokens[-1], values[-1] / 2**20), xytext=(6, 0),
+                    textcoords="offset points", va="center")  # fmt: skip
+    ax.set(xlabel="tokens read", ylabel="cache (MiB)", xlim=(0, tokens[-1] * 1.3), ylim=(0, None))
+    ax.grid(axis="y")
+    return ax
+
+
+def _colour(name: str) -> str:
+    """The part's colour, by the first word of the palette that occurs in its name."""
+    return next((colour for word, colour in PALETTE.items() if word.rstrip("s") in name), PALETTE["other"])

@@ -1,0 +1,58 @@
+"""Pictures of a training run: its loss, and how busy its experts were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .style import INK, PALETTE
+
+
+def loss_curve(records: Sequence, marks: dict[int, float] | None = None, ax=None):
+    """Draw the training loss over steps and return the Axes.
+
+    records: `StepRecord`s, or anything with `.step` and `.loss` (nats per token). marks: {step: held-out loss} as dots.
+    """
+    ax = _axes(ax)
+    steps, losses = [r.step for r in records], [r.loss for r in records]
+    ax.plot(steps, losses, color=PALETTE["weights"], linewidth=0.8, alpha=0.45, linestyle="-")
+    smooth = _running_mean(losses, max(len(losses) // 40, 1))
+    ax.plot(steps, smooth, color=PALETTE["weights"], linestyle="-")
+    ax.annotate("training text", (steps[-1], smooth[-1]), xytext=(6, -2), textcoords="offset points", va="top")
+    if marks:
+        ax.plot(list(marks), list(marks.values()), "o", color=PALETTE["gradients"])
+        last = max(marks)
+        ax.annotate("held-out text", (last, marks[last]), xytext=(6, 4), textcoords="offset points")
+    ax.set(xlabel="step", ylabel="loss (nats per token)", xlim=(0, steps[-1] * 1.2 + 1))
+    ax.grid(axis="y")
+    return ax
+
+
+def load_map(records: Sequence, layer: int = 0, ax=None):
+    """Draw which share of the tokens each expert of a layer received, step by step, and return the Axes.
+
+    records: `StepRecord`s with `.load` [layer, expert]. The scale ends at three times the fair share.
+    """
+    ax = _axes(ax)
+    shares = [[n / sum(row) for n in row] for row in (r.load[layer].tolist() for r in records)]
+    fair = 1 / len(shares[0])
+    extent = (records[0].step - 0.5, records[-1].step + 0.5, len(shares[0]) - 0.5, -0.5)
+    image = ax.imshow(
+        list(zip(*shares, strict=True)), aspect="auto", cmap="cividis", vmin=0, vmax=3 * fair, extent=extent,
+        interpolation="nearest",
+    )  # fmt: skip
+    bar = ax.figure.colorbar(image, ax=ax, ticks=[0, fair, 2 * fair, 3 * fair])
+    bar.ax.set_yticklabels(["0", "fair share", "2 x", "3 x"])
+    bar.outline.set_edgecolor(INK)
+    ax.set(xlabel="step", ylabel="expert")
+    return ax
+
+
+def _axes(ax):
+    import matplotlib.pyplot as plt
+
+    return ax if ax is not None else plt.subplots()[1]
+
+
+def _running_mean(values: list[float], width: int) -> list[float]:
+    """The mean of each value and up to `width` before it."""
+    return [sum(values[max(0, i - width) : i + 1]) / len(values[max(0, i - width) : i + 1]) for i in range(len(values))]
