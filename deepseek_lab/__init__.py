@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["accounting", "attention", "checkpoints", "data", "exercises", "experts", "facts", "generation", "model",
-                "plots", "precision", "training", "units", "widgets"],
+    submodules=["accounting", "attention", "checkpoints", "data", "exercises", "experts", "facts", "generation",
+                "kernels", "model", "plots", "precision", "training", "units", "widgets"],
     submod_attrs={"config": ["ModelConfig", "RopeScaling"], "presets": ["PRESETS"], "exercises": ["check"], "notebook": ["setup"]},
 )  # fmt: skip

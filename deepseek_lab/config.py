@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "llama", "qwen2")
+from .config_checks import check_config, check_rope_scaling
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
 
     def __post_init__(self):
-        if self.rope_type not in ("yarn", "llama3"):
-            raise ValueError(
-                f"rope_scaling.rope_type={self.rope_type!r} is unknown; choose 'yarn' or 'llama3', or None"
-            )
-        if self.factor < 1:
-            raise ValueError(f"rope_scaling.factor={self.factor} shrinks the context; choose a factor >= 1")
+        check_rope_scaling(self)
 
 
 @dataclass(frozen=True)
@@ -112,10 +107,7 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        _check_sizes(self)
-        _check_attention(self)
-        if self.n_routed_experts:
-            _check_experts(self)
+        check_config(self)
 
     # Derived sizes -------------------------------------------------------------------------------------------------
 
@@ -187,62 +179,3 @@ def _refuse_unknown(names, where: str) -> None:
     unknown = sorted(set(names) - set(_FIELDS))
     if unknown:
         raise ValueError(f"{where} got {', '.join(unknown)}; the fields are {', '.join(_FIELDS)}")
-
-
-def _check_sizes(c: ModelConfig) -> None:
-    if c.model_type not in MODEL_TYPES:
-        raise ValueError(f"model_type={c.model_type!r} is unknown; choose one of {', '.join(MODEL_TYPES)}")
-    whole = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "max_position_embeddings")  # fmt: skip
-    for name in whole:
-        value = getattr(c, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} is not a size; choose a whole number >= 1")
-
-
-def _check_attention(c: ModelConfig) -> None:
-    if c.uses_latent_attention:
-        if c.attention_bias:
-            raise ValueError("attention_bias=True with latent attention; no published DeepSeek has it, set it to False")
-        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            if getattr(c, name) < 1:
-                raise ValueError(f"{name}={getattr(c, name)} with latent attention; choose a width >= 1")
-    else:
-        if c.num_attention_heads % c.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads={c.num_key_value_heads} does not divide num_attention_heads="
-                             f"{c.num_attention_heads}; every group needs the same number of query heads")  # fmt: skip
-        if c.head_dim is None and c.hidden_size % c.num_attention_heads:
-            raise ValueError(f"num_attention_heads={c.num_attention_heads} does not divide hidden_size={c.hidden_size}; "
-                             "choose a divisor, or set head_dim")  # fmt: skip
-    if c.rotary_dim % 2:
-        name = "qk_rope_head_dim" if c.uses_latent_attention else "head_dim"
-        raise ValueError(f"{name}={c.rotary_dim} is odd; rotary positions turn pairs of values, choose an even width")
-
-
-def _check_experts(c: ModelConfig) -> None:
-    n, k = c.n_routed_experts, c.num_experts_per_tok
-    if c.scoring_func not in ("sigmoid", "softmax"):
-        raise ValueError(f"scoring_func={c.scoring_func!r} is unknown; choose 'sigmoid' (V3) or 'softmax' (V2)")
-    if c.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
-        raise ValueError(f"topk_method={c.topk_method!r} is unknown; choose 'noaux_tc' (V3), 'greedy' or "
-                         "'group_limited_greedy' (V2)")  # fmt: skip
-    if not 1 <= k <= n:
-        raise ValueError(f"num_experts_per_tok={k} is not between 1 and n_routed_experts={n}; choose 1 <= k <= {n}")
-    if c.moe_intermediate_size < 1:
-        raise ValueError(f"moe_intermediate_size={c.moe_intermediate_size}; an expert needs a width >= 1")
-    if not 0 <= c.first_k_dense_replace <= c.num_hidden_layers:
-        raise ValueError(f"first_k_dense_replace={c.first_k_dense_replace} is not between 0 and num_hidden_layers="
-                         f"{c.num_hidden_layers}")  # fmt: skip
-    if c.topk_method == "greedy":
-        return
-    if n % c.n_group:
-        raise ValueError(f"n_group={c.n_group} does not divide n_routed_experts={n}; every group needs the same number")
-    if not 1 <= c.topk_group <= c.n_group:
-        raise ValueError(f"topk_group={c.topk_group} is not between 1 and n_group={c.n_group}")
-    size = n // c.n_group
-    if c.topk_group * size < k:
-        raise ValueError(f"topk_group={c.topk_group} groups of {size} experts cannot supply num_experts_per_tok={k}; "
-                         "keep more groups")  # fmt: skip
-    if c.topk_method == "noaux_tc" and size < 2:
-        raise ValueError(f"n_group={c.n_group} leaves one expert per group, but a group's score is the sum of its two "
-                         f"best; choose n_group <= {n // 2}")  # fmt: skip

@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .config import MODEL_TYPES, ModelConfig, RopeScaling
+from .config import ModelConfig, RopeScaling
+from .config_checks import DENSE_TYPES, MODEL_TYPES
 
 FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
-DENSE_TYPES = ("llama", "qwen2")
 LATENT_AND_EXPERT_FIELDS = {
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
     "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace",
@@ -26,6 +26,8 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
+# What a file must say: the defaults of ModelConfig are DeepSeek-V3's, not those of some other model.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What a file may leave out because it is the architecture's default.
 DEFAULTS = {
     "deepseek_v3": dict(scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True),
@@ -54,6 +56,9 @@ def read_config(source: Mapping | str | Path) -> dict:
     for key, known in SUPPORTED.items():
         if raw.get(key) is not None and raw[key] not in known:
             raise ValueError(f"{key}={raw[key]!r} is not supported; this library computes {key}={known[0]!r} only")
+    missing = [key for key in SIZES if raw.get(key) is None]
+    if missing:
+        raise ValueError(f"the config of a {kind} lacks {', '.join(missing)}; a published config.json has them")
     rope = raw.get("rope_parameters") or {}
     values = {**DEFAULTS[kind], **{k: v for k, v in raw.items() if k in FIELDS and v is not None}}
     values["rope_theta"] = float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0)

@@ -26,7 +26,7 @@ ARROWS = {
     "model": WORDS | {"attention", "experts", "precision"},
     "data": set(),
     "training": WORDS | {"model", "data", "precision", "experts"},
-    "generation": WORDS | {"model", "attention"},
+    "generation": WORDS | {"model", "attention", "experts", "kernels"},
     "reasoning": WORDS | {"training", "generation", "data"},
     "checkpoints": WORDS | {"model", "training", "data", "experts"},
     "accounting": WORDS,
@@ -36,9 +36,14 @@ ARROWS = {
     "__init__": set(),
 }
 ARROWS["exercises"] = set(ARROWS)
-ROOMS_OF_SEVERAL_FILES = {"hf_config": "config", "presets": "config", "notebook_rules": "notebook"}
+ROOMS_OF_SEVERAL_FILES = {
+    "config_checks": "config",
+    "hf_config": "config",
+    "presets": "config",
+    "notebook_rules": "notebook",
+}
 HEAVY = {"torch", "numba", "matplotlib", "transformers", "IPython", "ipywidgets"}
-STANDARD_ONLY = ["config.py", "hf_config.py", "presets.py", "facts.py", "units.py", "accounting"]
+STANDARD_ONLY = ["config.py", "config_checks.py", "hf_config.py", "presets.py", "facts.py", "units.py", "accounting"]
 UNSAFE = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "cloudpickle"}
 
 

@@ -20,19 +20,25 @@ class _Buffers:
     def _store(self, *news: Tensor) -> list[Tensor]:
         """Write the new tokens behind the old ones and return views on all of them."""
         end = self.length + news[0].shape[-2]
-        for i, new in enumerate(news):
-            buffer = self._buffers[i]
+        for buffer, new in zip(self._buffers, news, strict=True):
             expected = (*buffer.shape[:-2], new.shape[-2], buffer.shape[-1])
             if new.shape != expected:
                 raise ValueError(f"{type(self).__name__}.append got {tuple(new.shape)}, expected {expected}; a cache "
                                  "serves one batch size, make a new one for another batch")  # fmt: skip
-            if end > buffer.shape[-2]:
-                larger = buffer.new_empty(*buffer.shape[:-2], max(end, 2 * buffer.shape[-2]), buffer.shape[-1])
-                larger[..., : self.length, :] = buffer[..., : self.length, :]
-                self._buffers[i] = buffer = larger
+        for buffer, new in zip(self.reserve(news[0].shape[-2]), news, strict=True):
             buffer[..., self.length : end, :] = new
         self.length = end
         return self.view()
+
+    def reserve(self, tokens: int) -> list[Tensor]:
+        """Make room for so many more tokens and return the whole buffers; who writes into them then sets `length`."""
+        end = self.length + tokens
+        for i, buffer in enumerate(self._buffers):
+            if end > buffer.shape[-2]:
+                larger = buffer.new_empty(*buffer.shape[:-2], max(end, 2 * buffer.shape[-2]), buffer.shape[-1])
+                larger[..., : self.length, :] = buffer[..., : self.length, :]
+                self._buffers[i] = larger
+        return self._buffers
 
     def view(self) -> list[Tensor]:
         """Return views on the stored tokens, without a copy."""

@@ -98,8 +98,10 @@ class RotaryTable:
         return self._turns[first : last + 1] if consecutive else self._turns[positions]
 
     def _grow(self, length: int, device: torch.device) -> None:
-        angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * self.frequencies.to(device)
-        self._turns = torch.polar(torch.full_like(angles, self.scale), angles)
+        # The table outlives the call: one made while generating must still serve a training step.
+        with torch.inference_mode(False), torch.no_grad():
+            angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * self.frequencies.to(device)
+            self._turns = torch.polar(torch.full_like(angles, self.scale), angles)
 
 
 def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:

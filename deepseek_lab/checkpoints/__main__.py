@@ -17,7 +17,7 @@ from ..model import Transformer, load_hf, save_hf
 from . import directory
 
 SEED = 0
-BATCH, LENGTH = 8, 256
+BATCH, LENGTH = 4, 512
 RECIPE = training.Recipe(steps=1600, learning_rate=4e-3, final_learning_rate=2e-4, warmup_steps=40)
 
 

@@ -27,7 +27,9 @@ class Batches:
     def __getitem__(self, step: int) -> Tensor:
         if step < 0:
             raise IndexError(f"batch {step} does not exist; steps count from 0")
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        # Torch's CPU generator reads 32 bits of its seed. This odd multiplier, the golden ratio's share of 2^32, keeps
+        # the steps of different seeds millions apart.
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + step) % 2**32)
         starts = torch.randint(len(self.tokens) - self.length, (self.batch, 1), generator=generator)
         return self.tokens[starts + torch.arange(self.length + 1)].long()
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from .router import Router, Routing
 
+GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what torch's grouped product takes
+
 
 class SwiGLU(nn.Module):
     """The feed-forward network of dense layers and shared experts: down(silu(gate(x)) * up(x)), no biases."""
@@ -133,7 +135,7 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     One fused call where torch has it and rows are whole multiples of 16 bytes, otherwise a loop over the experts.
     """
     aligned = all(size * x.element_size() % 16 == 0 for size in weights.shape[1:])
-    if hasattr(F, "grouped_mm") and aligned and len(x):
+    if hasattr(F, "grouped_mm") and x.dtype in GROUPED_DTYPES and aligned and len(x):
         return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
     parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
     # unbind once: indexing each expert would make a gradient the size of all of them, every time

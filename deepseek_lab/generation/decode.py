@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..model import Transformer
+from .step import decode_step
 
 
 def generate(
@@ -26,13 +28,15 @@ def generate(
     stream=True returns an iterator of the new tokens instead, [batch] each, as they are made.
     Raises ValueError where a setting is out of range or the text would outgrow the model's positions.
     """
+    if tokens.dim() != 2:
+        raise ValueError(f"generate got tokens of shape {tuple(tokens.shape)}; expected [batch, token], a row per text")
     longest = tokens.shape[-1] + max_new_tokens
     if max_new_tokens < 1 or longest > model.config.max_position_embeddings:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after {tokens.shape[-1]} prompt tokens; choose at least 1 and at most "
             f"{model.config.max_position_embeddings} together (max_position_embeddings)"
         )
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature}, top_p={top_p}; choose temperature >= 0 and 0 < top_p <= 1")
     steps = _steps(model, tokens, max_new_tokens, temperature, top_p, seed)
     return steps if stream else torch.cat([tokens, torch.stack(list(steps), dim=1)], dim=1)
@@ -44,13 +48,17 @@ def _steps(model, tokens: Tensor, count: int, temperature: float, top_p: float, 
         generator = torch.Generator(tokens.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
     caches = model.new_caches(batch=tokens.shape[0], capacity=tokens.shape[1] + count)
-    last = tokens  # the first pass reads the whole prompt, every further one a single token
-    for _ in range(count):
-        with torch.inference_mode():
-            logits = model(last, caches)[:, -1]
+    with torch.inference_mode():
+        logits = model(tokens, caches)[:, -1]  # prefill: the whole prompt at once
+    step = None
+    for written in range(1, count + 1):
         new = sample(logits, temperature, top_p, generator)
         yield new
-        last = new[:, None]
+        if written < count:
+            # Whoever reads a stream may move the weights between two tokens.
+            if step is None or not step.is_current():
+                step = decode_step(model, batch=len(new))
+            logits = step(new, caches)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:

@@ -79,18 +79,21 @@ def save_hf(model: Transformer, directory: str | Path, dtype: str = "fp32", max_
         if len(shards) == 1
         else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     )
-    for name, tensors in zip(names, shards, strict=True):
-        _write(directory / name, lambda path, tensors=tensors: save_file(tensors, path, metadata={"format": "pt"}))
     config = model.config.to_hf()
     if dtype == "fp8":
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
                                          "weight_block_size": [BLOCK, BLOCK]}  # fmt: skip
     config["num_nextn_predict_layers"] = 0  # this model has no prediction module to save
+    writers = {
+        name: lambda path, tensors=tensors: save_file(tensors, path, metadata={"format": "pt"})
+        for name, tensors in zip(names, shards, strict=True)
+    }
     if len(shards) > 1:
         where = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
         total = sum(t.nbytes for tensors in shards for t in tensors.values())
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-    _write_json(directory / "config.json", config)
+        writers[INDEX] = _json_writer({"metadata": {"total_size": total}, "weight_map": where})
+    writers["config.json"] = _json_writer(config)
+    _write_all(directory, writers)
     keep = {*names, *([INDEX] if len(shards) > 1 else [])}
     for old in [*directory.glob("model*.safetensors"), directory / INDEX]:
         if old.name not in keep:
@@ -104,6 +107,8 @@ def _check_quantization(directory: Path) -> None:
     quantization = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if quantization is None:
         return
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{directory / 'config.json'}: quantization_config={quantization!r} is not an object")
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
     if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3" or block != [BLOCK, BLOCK]:
         raise ValueError(f"{directory / 'config.json'}: quantization_config {method!r} with weight_block_size={block} is not "
@@ -168,7 +173,9 @@ def _check_names(directory: Path, config: ModelConfig, places: dict[str, Place],
         scale = name + SCALE_SUFFIX
         if kind == "F8_E4M3" and scale not in found:
             raise ValueError(f"{file}: tensor {name} is FP8 but {scale} is missing; codes mean nothing without scales")
-        if kind == "F8_E4M3" and len(shape) == 2:
+        if kind == "F8_E4M3" and len(shape) != 2:
+            raise ValueError(f"{file}: tensor {name} is FP8 of shape {list(shape)}; only matrices have blocks of codes")
+        if kind == "F8_E4M3":
             blocks = tuple(-(-size // BLOCK) for size in shape)
             if found[scale][1] != blocks:
                 raise ValueError(f"{found[scale][0]}: tensor {scale} has shape {list(found[scale][1])}, expected "
@@ -204,22 +211,28 @@ def _published_tensors(model: Transformer, dtype: str) -> Iterator[dict[str, Ten
     for name, place in published_layout(model.config).items():
         tensor = state[place.name].detach()[place.index]
         if dtype == "fp8" and place.quantised:
-            codes, scales = quantize_blocks(tensor)
+            try:
+                codes, scales = quantize_blocks(tensor)
+            except ValueError as error:
+                raise ValueError(f"tensor {name} cannot be saved as FP8: {error}") from error
             yield {name: codes, name + SCALE_SUFFIX: scales}
         else:
             kind = torch.bfloat16 if dtype == "fp8" else DTYPES[dtype]
             yield {name: tensor.to(_kept_dtype(name, kind)).contiguous().clone()}
 
 
-def _write(path: Path, write) -> None:
-    """Call write(temporary path), then rename: the file is there whole or as it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write_all(directory: Path, writers: dict) -> None:
+    """Call each writer(temporary path), then rename them all: a file that cannot be written changes no other."""
+    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in writers}
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        for name, write in writers.items():
+            write(temporary[name])
+        for name, path in temporary.items():
+            os.replace(path, directory / name)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
-def _write_json(path: Path, content: dict) -> None:
-    _write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+def _json_writer(content: dict):
+    return lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

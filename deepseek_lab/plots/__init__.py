@@ -9,6 +9,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "style": ["INK", "PALETTE", "use_style"],
         "memory": ["memory_bar"],
         "parts": ["cache_growth", "parts_bar"],
+        "replay": ["training_replay"],
+        "routes": ["expert_routes"],
         "training": ["load_map", "loss_curve"],
     },
 )

@@ -34,7 +34,7 @@ def course_map(here: str, ax=None):
     numbers = [title[:2] for titles in COURSE.values() for title in titles]
     if here not in numbers:
         raise ValueError(f"notebook {here!r} is not on the map; choose one of {', '.join(numbers)}")
-    ax = ax if ax is not None else plt.subplots(figsize=(10, 3.4))[1]
+    ax = ax if ax is not None else plt.subplots(figsize=(12, 3.4))[1]
     for index, (part, titles) in enumerate(COURSE.items()):
         left, top = index % _COLUMNS, -(index // _COLUMNS)
         inside = any(title.startswith(here) for title in titles)
@@ -52,6 +52,6 @@ def course_map(here: str, ax=None):
 def _title(ax, x: float, y: float, title: str, here: str) -> None:
     if title.startswith(here):
         look = dict(facecolor=PALETTE["weights"], edgecolor="none", boxstyle="round,pad=0.25")
-        ax.text(x + 0.02, y, f"{title}  ◂ here", va="center", color="white", bbox=look)
+        ax.text(x + 0.02, y, f"▸ {title}", va="center", color="white", weight="bold", bbox=look)
     else:
         ax.text(x, y, title, va="center", color=INK if title[:2] in READY else GREY)

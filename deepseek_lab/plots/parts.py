@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deepseek_lab.units import format_bytes
+from deepseek_lab.units import byte_unit, format_bytes
 
 from .style import INK, PALETTE
 
@@ -39,12 +39,17 @@ def cache_growth(tokens: list[int], sizes: Mapping[str, list[int]], ax=None):
     import matplotlib.pyplot as plt
 
     ax = ax if ax is not None else plt.subplots()[1]
-    colours = [PALETTE["cache"], PALETTE["weights"], PALETTE["gradients"]]
+    lowest = min(values[-1] for values in sizes.values())
+    unit, size = byte_unit(max(max(values) for values in sizes.values()))
+    colours = [PALETTE["weights"], PALETTE["cache"], PALETTE["gradients"]]
     for colour, (name, values) in zip(colours, sizes.items(), strict=False):
-        ax.plot(tokens, [v / 2**20 for v in values], color=colour)
-        ax.annotate(f"{name}\n{format_bytes(values[-1])}", (tokens[-1], values[-1] / 2**20), xytext=(6, 0),
-                    textcoords="offset points", va="center")  # fmt: skip
-    ax.set(xlabel="tokens read", ylabel="cache (MiB)", xlim=(0, tokens[-1] * 1.3), ylim=(0, None))
+        ax.plot(tokens, [v / size for v in values], color=colour, linestyle="-")
+        label = f"{name}\n{format_bytes(values[-1])}"
+        side = "bottom" if values[-1] == lowest else "center"  # clear of the axis and its last tick
+        ax.annotate(label, (tokens[-1], values[-1] / size), xytext=(6, 0), textcoords="offset points", va=side)
+    ax.set(xlabel="tokens read", ylabel=f"cache ({unit})", xlim=(0, tokens[-1] * 1.3), ylim=(0, None))
+    ax.set_xticks([tokens[-1] * i // 4 for i in range(5)])
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     ax.grid(axis="y")
     return ax
 

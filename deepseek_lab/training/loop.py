@@ -72,7 +72,7 @@ def train(
     model.train()
     try:
         for step in tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, disable=not progress):
-            with _interrupts_wait():
+            with _interrupts_wait() as interrupts:
                 record = _step(model, batches, optimizer, recipe, step)
                 done = step + 1
                 if checkpoint is not None and done % checkpoint_every == 0 and done < recipe.steps:
@@ -80,7 +80,8 @@ def train(
             yield record
     finally:
         model.eval()
-        if checkpoint is not None and done > start:
+        # After a second Ctrl-C the last step may be half taken: then the file stays as it was.
+        if checkpoint is not None and done > start and len(interrupts) < 2:
             save_state(checkpoint, model, optimizer, recipe, batches, done)
 
 
@@ -96,6 +97,10 @@ def _step(model: Transformer, batches: Batches, optimizer, recipe: Recipe, step:
                          f"the learning rate (now {rate:.2g}) or warm up longer")  # fmt: skip
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+    if not torch.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        raise ValueError(f"the gradient norm of step {step} is {norm.item()}; the weights are left as they were before "
+                         f"this step: lower the learning rate (now {rate:.2g})")  # fmt: skip
     optimizer.step()
     sizes = _bytes_of(model, optimizer)
     optimizer.zero_grad(set_to_none=True)
@@ -150,20 +155,20 @@ def _bytes_of(model: Transformer, optimizer) -> dict[str, int]:
 @contextlib.contextmanager
 def _interrupts_wait():
     """Hold Ctrl-C back until the block is done, so that no step is half taken; a second one gets through at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     pending = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pending
+        return
     previous = signal.getsignal(signal.SIGINT)
 
     def hold(number, frame):
-        if pending:
-            raise KeyboardInterrupt
         pending.append(number)
+        if len(pending) > 1:
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, hold)
     try:
-        yield
+        yield pending
     finally:
         signal.signal(signal.SIGINT, previous)
     if pending:

@@ -71,8 +71,14 @@ def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: R
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise ValueError(f"{path} and this model differ in {len(odd)} tensors, the first is {odd[0]}")
+    weights = _unshared(model)
+    for name, tensor in tensors.items():
+        kind, place = name.split(".", 1)
+        shape = weights[place].shape if kind != "step" else torch.Size()
+        if tensor.shape != shape:
+            raise ValueError(f"{path}: tensor {name} has shape {list(tensor.shape)}, this run needs {list(shape)}")
     with torch.no_grad():
-        for name, tensor in _unshared(model).items():
+        for name, tensor in weights.items():
             tensor.copy_(tensors[f"model.{name}"])
     for name, parameter in parameters.items():
         optimizer.state[parameter] = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
