@@ -13,6 +13,10 @@ TORCH ?= cpu
 # Passed on to JupyterLab: make lab LAB_FLAGS="--no-browser --ServerApp.port=9999"
 LAB_FLAGS ?=
 
+# Two threads that wait by spinning stand in each other's way as soon as anything else runs (measured: a training step
+# took more than ten times as long). So they spin briefly and then sleep.
+export GOMP_SPINCOUNT ?= 1000
+
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -69,6 +73,7 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.python
 
 $(VENV)/.lab: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) install -q -c constraints.txt -e ".[lab]"
+	$(PY) -m deepseek_lab.kernels
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.lab

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 from deepseek_lab.config import ModelConfig
 from deepseek_lab.facts import GPU_MEMORY
@@ -22,7 +22,7 @@ MODEL_NAMES = {
     "llama-3.1-70b": "Llama 3.1 70B",
     "llama-3.1-405b": "Llama 3.1 405B",
     "qwen2.5-72b": "Qwen2.5 72B",
-    "tiny": "tiny (this course)",
+    "tiny": "Tiny (this course)",
 }
 WEIGHT_NAMES = {"fp32": "FP32", "bf16": "BF16", "fp8": "FP8 with scales"}
 CACHE_NAMES = {
@@ -31,25 +31,9 @@ CACHE_NAMES = {
     "latent": "latent",
     "latent_fp8": "latent in FP8",
 }
+_GPUS = ((1, "RTX 4090"), (1, "A100"), (1, "H800"), (8, "H800"), (16, "H800"), (1, "H200"), (8, "H200"))
 #: GPUs to choose from: how many of which, by the name shown.
-GPU_SETS: dict[str, tuple[int, str]] = {
-    "1 x RTX 4090": (1, "RTX 4090"),
-    "1 x A100": (1, "A100"),
-    "1 x H800": (1, "H800"),
-    "8 x H800": (8, "H800"),
-    "16 x H800": (16, "H800"),
-    "1 x H200": (1, "H200"),
-    "8 x H200": (8, "H200"),
-}
-
-
-@dataclass(frozen=True)
-class Part:
-    """One piece of the memory bar: `role` is its key in the palette."""
-
-    name: str
-    role: str
-    size_bytes: int
+GPU_SETS: dict[str, tuple[int, str]] = {f"{count} x {name}": (count, name) for count, name in _GPUS}
 
 
 @dataclass(frozen=True)
@@ -93,19 +77,19 @@ class MemoryState:
         """The context that is counted: the chosen one, or the longest that the model reads."""
         return min(self.context, self.config.max_position_embeddings)
 
-    @property
+    @cached_property
     def ledger(self) -> Ledger:
-        return _ledger(self.config, self.weights, self.layout, self.tokens, self.batch)
+        cache = kv_cache(self.config, self.tokens, self.batch, self.layout)
+        return Ledger("memory", (weights(self.config, self.weights), cache))
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        """Routed experts, the other weights and the cache; a dense model has no first part."""
+    def parts(self) -> dict[str, int]:
+        """Bytes of the routed experts, the other weights and the cache; a dense model has weights and cache."""
         stored, cached = self.ledger.lines
-        routed = stored["experts/routed experts"].total if self.config.num_moe_layers else 0
-        cache = Part("cache", "cache", cached.total)
-        if not routed:
-            return Part("weights", "weights", stored.total), cache
-        return Part("routed experts", "experts", routed), Part("other weights", "weights", stored.total - routed), cache
+        if not self.config.num_moe_layers:
+            return {"weights": stored.total, "cache": cached.total}
+        routed = stored["experts/routed experts"].total
+        return {"routed experts": routed, "other weights": stored.total - routed, "cache": cached.total}
 
     @property
     def token_ledger(self) -> Ledger:
@@ -117,22 +101,15 @@ class MemoryState:
         return self.ledger.total
 
     @property
-    def gpu_count(self) -> int:
-        return GPU_SETS[self.gpu][0]
-
-    @property
-    def gpu_name(self) -> str:
-        return GPU_SETS[self.gpu][1]
-
-    @property
     def capacity(self) -> int:
         """Memory of the chosen GPUs in bytes, as their data sheet prints it."""
-        return self.gpu_count * GPU_MEMORY[self.gpu_name].value
+        count, name = GPU_SETS[self.gpu]
+        return count * GPU_MEMORY[name].value
 
     @property
     def gpus_needed(self) -> int:
         """How many of these GPUs would hold the bytes, if nothing else needed room."""
-        return -(-self.total // GPU_MEMORY[self.gpu_name].value)
+        return -(-self.total // GPU_MEMORY[GPU_SETS[self.gpu][1]].value)
 
     @property
     def fits(self) -> bool:
@@ -141,7 +118,7 @@ class MemoryState:
     @property
     def notes(self) -> tuple[str, ...]:
         """Why a chosen setting cannot be, and what is shown instead; empty where everything can."""
-        name, notes = _capital(MODEL_NAMES[self.model]), []
+        name, notes = MODEL_NAMES[self.model], []
         if self.layout != self.cache:
             missing = "grouped heads" if self.config.uses_latent_attention else "latent"
             notes.append(f"{name} has no {missing}: shown with {CACHE_NAMES[self.layout]}.")
@@ -154,7 +131,7 @@ def summary(state: MemoryState, previous: MemoryState | None = None) -> str:
     """Return the state in one line, with what changed since `previous` where one is given."""
     sequences = "1 sequence" if state.batch == 1 else f"{state.batch:,} sequences"
     line = (
-        f"{_capital(MODEL_NAMES[state.model])}, weights in {WEIGHT_NAMES[state.weights]}, "
+        f"{MODEL_NAMES[state.model]}, weights in {WEIGHT_NAMES[state.weights]}, "
         f"cache {CACHE_NAMES[state.layout]}, {sequences} of {state.tokens:,} tokens: {headline(state)}. "
         f"{capacity_label(state)}. {verdict(state)}"
     )
@@ -181,7 +158,7 @@ def verdict(state: MemoryState) -> str:
     """Return whether the bytes fit the chosen GPUs, and how many GPUs they need."""
     gap = size_text(abs(state.capacity - state.total))
     fit = f"Fits with {gap} to spare" if state.fits else f"Too large by {gap}"
-    return f"{fit}; needs {state.gpus_needed:,} {state.gpu_name} by memory alone."
+    return f"{fit}; needs {state.gpus_needed:,} {GPU_SETS[state.gpu][1]} by memory alone."
 
 
 def change(state: MemoryState, previous: MemoryState) -> str:
@@ -194,17 +171,3 @@ def change(state: MemoryState, previous: MemoryState) -> str:
     if gap < 0:
         return f"saves {size}, {f'{ratio:,.1f}x' if ratio >= 1.1 else percent} less"
     return f"{size} more, {f'{ratio:,.1f}x as much' if ratio >= 1.1 else f'{percent} up'}"
-
-
-@lru_cache(maxsize=512)
-def _ledger(config: ModelConfig, dtype: str, layout: str, tokens: int, batch: int) -> Ledger:
-    return Ledger("memory", (_weights(config, dtype), kv_cache(config, tokens, batch, layout)))
-
-
-@lru_cache(maxsize=64)
-def _weights(config: ModelConfig, dtype: str) -> Ledger:
-    return weights(config, dtype)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

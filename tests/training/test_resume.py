@@ -20,7 +20,7 @@ TESTS = Path(__file__).resolve().parent.parent
 CONFIGS = {"v3": SMALL, "llama": DENSE, "tied": DENSE.replace(model_type="qwen2", tie_word_embeddings=True)}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Sums of several threads are not the same twice."""
     threads = torch.get_num_threads()
