@@ -11,5 +11,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["accounting", "attention", "checkpoints", "data", "exercises", "experts", "facts", "generation",
                 "kernels", "model", "plots", "precision", "training", "units", "widgets"],
-    submod_attrs={"config": ["ModelConfig", "RopeScaling"], "presets": ["PRESETS"], "exercises": ["check"], "notebook": ["setup"]},
+    submod_attrs={
+        "config": ["ModelConfig", "RopeScaling"],
+        "exercises": ["check"],
+        "notebook": ["setup"],
+        "presets": ["PRESETS"],
+    },
 )  # fmt: skip

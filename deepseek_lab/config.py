@@ -20,8 +20,8 @@ class RopeScaling:
     """How rotary frequencies are stretched for a longer context.
 
     rope_type "yarn" (DeepSeek): frequencies are blended by index between `beta_fast` and `beta_slow` rotations over
-    `original_max_position_embeddings`; `mscale_all_dim` sharpens the softmax. rope_type "llama3" (Llama 3.1): blended by
-    wavelength between `low_freq_factor` and `high_freq_factor`.
+    `original_max_position_embeddings`; `mscale_all_dim` sharpens the softmax. rope_type "llama3" (Llama 3.1): blended
+    by wavelength between `low_freq_factor` and `high_freq_factor`.
     """
 
     rope_type: str
@@ -42,8 +42,8 @@ class RopeScaling:
 class ModelConfig:
     """The shape of a decoder-only Transformer: DeepSeek-V3, DeepSeek-V2 or the dense Llama and Qwen 2 baseline.
 
-    A model has latent attention when `kv_lora_rank` is set, and experts when `n_routed_experts` is set; otherwise it has
-    grouped heads (`num_key_value_heads`) and one dense feed-forward network per layer.
+    A model has latent attention when `kv_lora_rank` is set, and experts when `n_routed_experts` is set; otherwise it
+    has grouped heads (`num_key_value_heads`) and one dense feed-forward network per layer.
 
     | here (= `config.json`)    | papers        | official demo          | DeepSeek-V3 |
     |---------------------------|---------------|------------------------|-------------|

@@ -73,8 +73,8 @@ def _check_attention(c: ModelConfig) -> None:
             raise ValueError(f"num_key_value_heads={c.num_key_value_heads} does not divide num_attention_heads="
                              f"{c.num_attention_heads}; every group needs the same number of query heads")  # fmt: skip
         if c.head_dim is None and c.hidden_size % c.num_attention_heads:
-            raise ValueError(f"num_attention_heads={c.num_attention_heads} does not divide hidden_size={c.hidden_size}; "
-                             "choose a divisor, or set head_dim")  # fmt: skip
+            raise ValueError(f"num_attention_heads={c.num_attention_heads} does not divide "
+                             f"hidden_size={c.hidden_size}; choose a divisor, or set head_dim")  # fmt: skip
     if c.rotary_dim % 2:
         name = "qk_rope_head_dim" if c.uses_latent_attention else "head_dim"
         raise ValueError(f"{name}={c.rotary_dim} is odd; rotary positions turn pairs of values, choose an even width")

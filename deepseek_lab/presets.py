@@ -52,5 +52,6 @@ PRESETS: dict[str, ModelConfig] = {
         vocab_size=260, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=8, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
         n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, first_k_dense_replace=1, n_group=4,
-        topk_group=2, num_nextn_predict_layers=0, rope_scaling=None, max_position_embeddings=512, initializer_range=0.05),
+        topk_group=2, num_nextn_predict_layers=0, rope_scaling=None, max_position_embeddings=512,
+        initializer_range=0.05),
 }  # fmt: skip

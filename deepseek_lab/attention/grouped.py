@@ -13,7 +13,7 @@ from .rope import RotaryTable, rotate_halves, softmax_scale
 
 
 def causal_mask(x: Tensor, total: int) -> dict:
-    """What `scaled_dot_product_attention` must be told so that the last `x.shape[1]` of `total` tokens look back only."""
+    """What `scaled_dot_product_attention` must be told so that x, the last of `total` tokens, looks back only."""
     tokens = x.shape[1]
     if tokens == total:
         return {"is_causal": True}

@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
         return self.o_proj(attend(x, q_nope, q_rope, joint))
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries without and with position [batch, head, token, .] and what is cached [batch, token, latent_width]."""
+        """Return queries without and with position [batch, head, token, .], and what is cached [batch, token, .]."""
         c = self.config
         turns = self.rotary(positions)
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
@@ -93,7 +93,7 @@ class LatentAttention(nn.Module):
         B, H, T, _ = q_nope.shape
         rebuild = self.kv_b_proj.weight.unflatten(0, (H, -1))  # [head, nope + v, latent]
         w_uk, w_uv = rebuild.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
-        # score = q_nope . (W_UK latent) = (W_UK^T q_nope) . latent: the query carries the matrix, the memory stays small.
+        # q_nope . (W_UK latent) = (W_UK^T q_nope) . latent: the query carries the matrix, the memory stays small.
         q_latent = torch.bmm(q_nope.transpose(0, 1).reshape(H, B * T, -1), w_uk).view(H, B, T, -1).transpose(0, 1)
         q = torch.cat([q_latent, q_rope], dim=-1).view(B, H * T, c.latent_width)
         scores = torch.bmm(q, joint.transpose(1, 2)).view(B, H, T, -1) * self.scale

@@ -33,7 +33,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def _yarn_ramp(scaling: RopeScaling, dim: int, base: float) -> Tensor:
-    """How far each frequency is stretched: 0 below the fast bound, 1 above the slow one, linear in the index between."""
+    """How far each frequency is stretched: 0 below the fast bound, 1 above the slow one, linear in between."""
 
     def index_of(rotations: float) -> float:
         return (

@@ -11,9 +11,9 @@ import time
 import torch
 
 from .. import data, training
-from ..presets import PRESETS
 from ..experts import balance
 from ..model import Transformer, load_hf, save_hf
+from ..presets import PRESETS
 from . import directory
 
 SEED = 0

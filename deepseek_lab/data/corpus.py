@@ -26,7 +26,7 @@ def python_reference() -> list[str]:
 
 
 def read_files(paths: Iterable[str | Path]) -> list[str]:
-    """Return the text of one's own files, one document each. Raises ValueError for a file that is missing or no UTF-8."""
+    """Return the text of one's own files, one document each. Raises ValueError for one that is missing or no UTF-8."""
     documents = []
     for path in map(Path, paths):
         try:

@@ -65,7 +65,7 @@ EXERCISES = {
             Slip({0, 4, 3}, "Expert 3 is in group 1, which was dropped. Did you fill dropped experts with 0?"),
             Slip({0, 4, 6}, "Expert 6 is in group 3, which was dropped. Did you fill dropped experts with 0?"),
         ),
-        fallback="First add the two scores of each group and keep the two best groups; then take the best three experts.",
+        fallback="Add the two scores of each group, keep the two best groups, then take the best three experts.",
         agrees=lambda given, wanted: set(given) == wanted,
     ),
     "11.4": Exercise(

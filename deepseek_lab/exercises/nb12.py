@@ -6,7 +6,6 @@ import math
 
 from . import Exercise, Slip, close
 
-
 EXERCISES = {
     "12.1": Exercise(
         todo="Write a function that turns a loss in nats into the number of equally likely choices it stands for.",
@@ -21,19 +20,19 @@ EXERCISES = {
         agrees=lambda given, wanted: all(close(given(x), wanted(x)) for x in (0.5, 1.3, 5.56)),
     ),
     "12.2": Exercise(
-        todo="How many bytes do weights, gradients and moments of a 3,769,264-parameter model take in training, in FP32?",
-        solution=16 * 3_769_216 + 4 * 48,
-        praise="Four numbers of four bytes per parameter, 16 in all: training takes four times the memory of the weights.",
+        todo="How many bytes do weights, gradients and moments of 3,769,216 parameters take, in FP32?",
+        solution=16 * 3_769_216,
+        praise="Four numbers of four bytes per parameter: training takes four times the memory of the weights.",
         slips=(
-            Slip(4 * 3_769_264, "That holds the weights. Gradients and two moments come on top."),
-            Slip(8 * 3_769_264, "Weights and gradients. AdamW keeps two more numbers per parameter."),
-            Slip(12 * 3_769_264, "AdamW keeps two moments, not one: mean and mean square of the gradient."),
+            Slip(4 * 3_769_216, "That holds the weights. Gradients and two moments come on top."),
+            Slip(8 * 3_769_216, "Weights and gradients. AdamW keeps two more numbers per parameter."),
+            Slip(12 * 3_769_216, "AdamW keeps two moments, not one: mean and mean square of the gradient."),
         ),
         fallback="Per parameter: the weight, its gradient, and the two moments of AdamW, four bytes each.",
         agrees=close,
     ),
     "12.3": Exercise(
-        todo="By how much does AdamW's first step move a weight whose gradient is 0.002, at learning rate 0.01 (no decay)?",
+        todo="By how much does AdamW's first step move a weight with gradient 0.002, at learning rate 0.01?",
         solution=0.01,
         praise="The first step divides the gradient by its own size: only its sign is left, times the learning rate.",
         slips=(
@@ -47,10 +46,10 @@ EXERCISES = {
     "12.4": Exercise(
         todo='Which check catches the forgotten balance loss? Reply "a", "b" or "c".',
         solution="c",
-        praise="A loss acts through its gradient and through nothing else: if the gate does not feel it, it is not there.",
+        praise="A loss acts through its gradient alone: if the gate does not feel it, it is not there.",
         slips=(
             Slip("a", "The loss of the text falls with or without it: it says nothing about the other term."),
-            Slip("b", "It was computed, so it prints a sensible number. Whether anything learns from it is the question."),
+            Slip("b", "It was computed, so it prints a sensible number. Does anything learn from it?"),
         ),
         fallback='Answer with one letter, "a", "b" or "c".',
         agrees=lambda given, wanted: str(given).strip().lower() == wanted,

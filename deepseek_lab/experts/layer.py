@@ -30,7 +30,7 @@ class SwiGLU(nn.Module):
 
 
 class Experts(nn.Module):
-    """The stacked weights of the routed experts: gate_up_proj [expert, 2 * width, hidden], down_proj [expert, hidden, width]."""
+    """The routed experts, stacked: gate_up_proj [expert, 2 * width, hidden], down_proj [expert, hidden, width]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -49,7 +49,7 @@ class Experts(nn.Module):
     def forward_few(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x: [token, hidden], experts and weights: [token, choice]. Returns the weighted sums [token, hidden].
 
-        Reads the chosen experts where they lie: for a token or two, sorting and copying would cost more than the answer.
+        Reads the chosen experts where they lie: for a token or two, sorting would cost more than the answer.
         """
         out = torch.zeros_like(x)
         for row, token, chosen, shares in zip(out, x, experts.tolist(), weights.tolist(), strict=True):
@@ -102,7 +102,7 @@ class ExpertLayer(nn.Module):
 
 
 class Permute(torch.autograd.Function):
-    """Reorder rows. A permutation's gradient is the inverse permutation: a read, where indexing would scatter and add."""
+    """Reorder rows. A permutation's gradient is its inverse: a read, where indexing would scatter and add."""
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ def _check_quantization(directory: Path) -> None:
         raise ValueError(f"{directory / 'config.json'}: quantization_config={quantization!r} is not an object")
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
     if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3" or block != [BLOCK, BLOCK]:
-        raise ValueError(f"{directory / 'config.json'}: quantization_config {method!r} with weight_block_size={block} is not "
-                         f"known; this library reads fp8 e4m3 in blocks of [{BLOCK}, {BLOCK}]")  # fmt: skip
+        raise ValueError(f"{directory / 'config.json'}: quantization_config {method!r} with weight_block_size={block} "
+                         f"is not known; this library reads fp8 e4m3 in blocks of [{BLOCK}, {BLOCK}]")  # fmt: skip
 
 
 def _files(directory: Path) -> list[Path]:
@@ -135,8 +135,8 @@ def _files(directory: Path) -> list[Path]:
         return files
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     if pickles:
-        raise ValueError(f"{directory} has {pickles[0]} but no {missing[0].name}: a pickle can run code when it is opened, so "
-                         "only safetensors are read; convert it where you trust it")  # fmt: skip
+        raise ValueError(f"{directory} has {pickles[0]} but no {missing[0].name}: a pickle can run code when opened, "
+                         "so only safetensors are read; convert it where you trust it")  # fmt: skip
     raise ValueError(f"{missing[0]} does not exist; the directory needs {SINGLE}, or {INDEX} and every shard it names")
 
 
@@ -165,8 +165,8 @@ def _headers(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
 def _check_names(directory: Path, config: ModelConfig, places: dict[str, Place], found: dict) -> None:
     for name, place in places.items():
         if name not in found:
-            raise ValueError(f"{directory}: tensor {name} {list(place.shape)} is missing; the files belong to another config, "
-                             "or a shard is incomplete")  # fmt: skip
+            raise ValueError(f"{directory}: tensor {name} {list(place.shape)} is missing; the files belong to another "
+                             "config, or a shard is incomplete")  # fmt: skip
         file, shape, kind = found[name]
         if shape != place.shape:
             raise ValueError(f"{file}: tensor {name} has shape {list(shape)}, the config asks for {list(place.shape)}")

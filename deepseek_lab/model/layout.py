@@ -55,6 +55,6 @@ def _expert_places(name: str, shape: tuple[int, ...], config: ModelConfig):
 
 
 def is_skipped(name: str, config: ModelConfig) -> bool:
-    """Whether a published tensor is known but not part of this model: prediction modules, or stored rope frequencies."""
+    """Whether a tensor is known but not part of this model: prediction modules, or stored rope frequencies."""
     modules = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
     return name.endswith("rotary_emb.inv_freq") or any(name.startswith(f"model.layers.{i}.") for i in modules)

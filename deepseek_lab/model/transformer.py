@@ -77,12 +77,12 @@ class Transformer(nn.Module):
             raise ValueError(f"model got tokens of shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected "
                              "[batch, token] of int64 with at least one token")  # fmt: skip
         if start + tokens.shape[1] > c.max_position_embeddings:
-            raise ValueError(f"{start + tokens.shape[1]} tokens exceed max_position_embeddings={c.max_position_embeddings}; "
-                             "shorten the text")  # fmt: skip
+            raise ValueError(f"{start + tokens.shape[1]} tokens exceed max_position_embeddings="
+                             f"{c.max_position_embeddings}; shorten the text")  # fmt: skip
         low, high = (int(v) for v in tokens.aminmax())
         if low < 0 or high >= c.vocab_size:
-            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary 0..{c.vocab_size - 1}; was the "
-                             "text encoded with this model's tokenizer?")  # fmt: skip
+            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary 0..{c.vocab_size - 1}; was "
+                             "the text encoded with this model's tokenizer?")  # fmt: skip
         if caches is not None and len(caches) != len(self.layers):
             raise ValueError(
                 f"model got {len(caches)} caches for {len(self.layers)} layers; use model.new_caches(batch)"

@@ -30,8 +30,8 @@ class BlockScaled(NamedTuple):
         rows, columns = self.codes.shape
         expected = (-(-rows // BLOCK), -(-columns // BLOCK))
         if self.scales.shape != expected:
-            raise ValueError(f"scales of shape {tuple(self.scales.shape)} beside codes {tuple(self.codes.shape)}; expected "
-                             f"{expected}, one per {BLOCK} x {BLOCK} block")  # fmt: skip
+            raise ValueError(f"scales of shape {tuple(self.scales.shape)} beside codes {tuple(self.codes.shape)}; "
+                             f"expected {expected}, one per {BLOCK} x {BLOCK} block")  # fmt: skip
         return self.codes.float() * _spread(self.scales.float(), rows, columns)
 
 

@@ -26,8 +26,8 @@ from .state import load_state, save_state
 class StepRecord:
     """What one step saw and did.
 
-    loss is in nats per token, before the update; load [layer, expert] counts tokens; bytes holds what weights, gradients
-    and optimiser moments take at the end of the step, before gradients are freed.
+    loss is in nats per token, before the update; load [layer, expert] counts tokens; bytes holds what weights,
+    gradients and optimiser moments take at the end of the step, before gradients are freed.
     """
 
     step: int
@@ -93,8 +93,8 @@ def _step(model: Transformer, batches: Batches, optimizer, recipe: Recipe, step:
     batch = batches[step].to(model.embed_tokens.weight.device)
     loss = next_token_loss(model, batch)
     if not torch.isfinite(loss):
-        raise ValueError(f"the loss of step {step} is {loss.item()}; the weights are left as they were before this step: lower "
-                         f"the learning rate (now {rate:.2g}) or warm up longer")  # fmt: skip
+        raise ValueError(f"the loss of step {step} is {loss.item()}; the weights are left as they were before this "
+                         f"step: lower the learning rate (now {rate:.2g}) or warm up longer")  # fmt: skip
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
     if not torch.isfinite(norm):

@@ -14,8 +14,8 @@ class Recipe:
     """Everything that decides a training run besides model and batches.
 
     Names and defaults are those of the DeepSeek-V3 report, section 4.2, where a toy can share them: AdamW with betas
-    (0.9, 0.95) and weight decay 0.1, gradients clipped to norm 1. The learning rate is a small model's, the balance speed
-    too: a run of a few hundred steps needs faster biases than one of hundreds of thousands (V3: 0.001).
+    (0.9, 0.95) and weight decay 0.1, gradients clipped to norm 1. The learning rate is a small model's, the balance
+    speed too: a run of a few hundred steps needs faster biases than one of hundreds of thousands (V3: 0.001).
     """
 
     steps: int
@@ -38,7 +38,7 @@ class Recipe:
                              f"{self.balance_speed}; they are >= 0, > 0 and >= 0")  # fmt: skip
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ...: linear up over `warmup_steps`, then a cosine down to `final_learning_rate`."""
+        """Learning rate of step 0, 1, ...: linear over `warmup_steps`, then a cosine to `final_learning_rate`."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)

@@ -128,7 +128,7 @@ def test_the_parts_of_a_state_add_up_to_the_ledgers():
         for dtype in WEIGHT_NAMES:
             state = MemoryState(model, dtype, "expanded", 8_192, 4)
             cache = kv_cache(state.config, state.tokens, 4, "expanded").total
-            assert sum(part.size_bytes for part in state.parts) == state.total
+            assert sum(state.parts.values()) == state.total
             assert state.total == weights(state.config, dtype).total + cache
 
 

@@ -4,12 +4,12 @@
 the ratios within a round. Ours is timed with compiled kernels and without.
 """
 
-import statistics
-import time
+from functools import partial
 
 import pytest
 import torch
 import transformers
+from rounds import interleaved, report
 from transformers.utils import logging
 
 import deepseek_lab as lab
@@ -50,16 +50,4 @@ def test_generation(one_thread, tmp_path, monkeypatch):
     runs |= {f"transformers, {name}": (theirs, name) for name in IMPLEMENTATIONS}
     texts = [run(setting) for run, setting in runs.values()]  # also compiles and warms up
     assert all(torch.equal(text, texts[0]) for text in texts)
-    seconds = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, (run, setting) in runs.items():
-            start = time.perf_counter()
-            run(setting)
-            seconds[name].append(time.perf_counter() - start)
-    first, *others = seconds
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        print(f"{name:26} {median:6.3f} s, {median / NEW_TOKENS * 1e3:5.2f} ms a token")
-    for name in others:
-        ratios = [mine / peer for mine, peer in zip(seconds[first], seconds[name], strict=True)]
-        print(f"{first} takes {statistics.median(ratios):.3f} of {name} ({min(ratios):.3f} to {max(ratios):.3f})")
+    report(interleaved({name: partial(run, setting) for name, (run, setting) in runs.items()}, ROUNDS))

@@ -1,4 +1,4 @@
-"""Every exercise accepts its solution, answers the usual slips with their hints, and waits when nothing was answered."""
+"""Every exercise accepts its solution, answers the usual slips with their hints, and waits for an answer."""
 
 import importlib
 import json

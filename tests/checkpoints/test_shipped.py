@@ -1,0 +1,62 @@
+"""Shipped checkpoints keep what their cards claim."""
+
+import dataclasses
+import hashlib
+
+import pytest
+import torch
+
+import deepseek_lab as lab
+from deepseek_lab import data, training
+from deepseek_lab.checkpoints import __main__ as builder
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """The held-out text of this Python and the loss of the shipped model on it."""
+    _, validation = data.split(data.python_reference())
+    return validation, training.evaluate(lab.checkpoints.load("tiny"), validation, builder.LENGTH)
+
+
+def test_the_loss_is_what_the_card_claims(measured):
+    validation, loss = measured
+    card = lab.checkpoints.card("tiny")
+    same_text = hashlib.sha256(validation.numpy().tobytes()).hexdigest() == card["validation_sha256"]
+    # Another Python version has another wording; then a tenth of a nat is left for the text, not for the model.
+    assert loss == pytest.approx(card["validation_loss"], abs=0.001 if same_text else 0.1)
+
+
+def test_the_model_has_learned_more_than_letter_frequencies(measured):
+    validation, loss = measured
+    counts = torch.bincount(validation.long(), minlength=260).double()
+    share = counts[counts > 0] / counts.sum()
+    assert loss < 0.45 * -(share * share.log()).sum()
+
+
+def test_the_card_names_the_recipe_that_the_command_uses():
+    card = lab.checkpoints.card("tiny")
+    recipe = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(builder.RECIPE).items()}
+    assert card["recipe"] == recipe
+    assert (card["batch"], card["length"], card["seed"]) == (builder.BATCH, builder.LENGTH, builder.SEED)
+    assert card["tokens_seen"] == builder.RECIPE.steps * builder.BATCH * builder.LENGTH
+
+
+def test_the_shipped_model_is_the_tiny_preset_and_its_file_is_small():
+    model = lab.checkpoints.load("tiny")
+    assert model.config == lab.PRESETS["tiny"]
+    files = sum(file.stat().st_size for file in lab.checkpoints.directory("tiny").iterdir())
+    assert files < 8_000_000
+
+
+def test_the_shipped_model_writes_words_of_the_text_it_read():
+    model, tokenizer = lab.checkpoints.load("tiny"), data.ByteTokenizer()
+    vocabulary = set(" ".join(data.python_reference()).split())
+    prompt = tokenizer.encode("The with statement")[None]
+    words = tokenizer.decode(lab.generation.generate(model, prompt, 400)[0]).split()
+    assert len(words) > 50
+    assert sum(word in vocabulary for word in words) > 0.75 * len(words)
+
+
+def test_an_unknown_checkpoint_names_those_that_exist():
+    with pytest.raises(ValueError, match="no shipped checkpoint 'huge'; choose one of tiny"):
+        lab.checkpoints.load("huge")
