@@ -13,6 +13,7 @@ import torch
 from .. import data, training
 from ..experts import balance
 from ..model import Transformer, load_hf, save_hf
+from ..model.files import json_writer, write_whole
 from ..presets import PRESETS
 from . import directory
 
@@ -57,7 +58,7 @@ def build_tiny() -> dict:
         "torch": torch.__version__.split("+")[0],
         "weights": "bf16",
     }
-    (target / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    write_whole(target, {"card.json": json_writer(card)})
     return card
 
 

@@ -7,7 +7,6 @@ read, and a model is returned whole or not at all.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..precision import BLOCK, BlockScaled, quantize_blocks
+from .files import json_writer, write_whole
 from .layout import Place, is_skipped, published_layout
 from .transformer import Transformer
 
@@ -67,7 +67,6 @@ def save_hf(model: Transformer, directory: str | Path, dtype: str = "fp32", max_
     if dtype not in DTYPES:
         raise ValueError(f"save_hf got dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     for tensors in _published_tensors(model, dtype):
         size = sum(t.nbytes for t in tensors.values())
@@ -91,9 +90,9 @@ def save_hf(model: Transformer, directory: str | Path, dtype: str = "fp32", max_
     if len(shards) > 1:
         where = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
         total = sum(t.nbytes for tensors in shards for t in tensors.values())
-        writers[INDEX] = _json_writer({"metadata": {"total_size": total}, "weight_map": where})
-    writers["config.json"] = _json_writer(config)
-    _write_all(directory, writers)
+        writers[INDEX] = json_writer({"metadata": {"total_size": total}, "weight_map": where})
+    writers["config.json"] = json_writer(config)
+    write_whole(directory, writers)
     keep = {*names, *([INDEX] if len(shards) > 1 else [])}
     for old in [*directory.glob("model*.safetensors"), directory / INDEX]:
         if old.name not in keep:
@@ -219,20 +218,3 @@ def _published_tensors(model: Transformer, dtype: str) -> Iterator[dict[str, Ten
         else:
             kind = torch.bfloat16 if dtype == "fp8" else DTYPES[dtype]
             yield {name: tensor.to(_kept_dtype(name, kind)).contiguous().clone()}
-
-
-def _write_all(directory: Path, writers: dict) -> None:
-    """Call each writer(temporary path), then rename them all: a file that cannot be written changes no other."""
-    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in writers}
-    try:
-        for name, write in writers.items():
-            write(temporary[name])
-        for name, path in temporary.items():
-            os.replace(path, directory / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-
-def _json_writer(content: dict):
-    return lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

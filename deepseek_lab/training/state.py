@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 
 from ..data import Batches
 from ..model import Transformer
+from ..model.files import write_whole
 from .optimizer import Recipe
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -38,13 +38,8 @@ def save_state(path: str | Path, model: Transformer, optimizer, recipe: Recipe, 
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{kind}.{name}"] = value
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(tensors, temporary, metadata={**_run_identity(model, recipe, batches), "done": str(done)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = {**_run_identity(model, recipe, batches), "done": str(done)}
+    write_whole(path.parent, {path.name: lambda file: save_file(tensors, file, metadata=metadata)})
 
 
 def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: Recipe, batches: Batches) -> int:
