@@ -57,6 +57,11 @@ def close(given: Any, wanted: Any) -> bool:
     return abs(float(given) - float(wanted)) <= 1e-3 * abs(float(wanted))
 
 
+def same_letter(given: Any, wanted: str) -> bool:
+    """Whether an answer is the wanted letter, in either case."""
+    return str(given).strip().lower() == wanted
+
+
 def find(number: str) -> Exercise:
     """Return an exercise by its number, "NN.k". Raises ValueError for one that does not exist."""
     notebook = str(number).partition(".")[0]

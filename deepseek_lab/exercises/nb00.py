@@ -1,6 +1,6 @@
 """Exercises of notebook 00, start here."""
 
-from . import Exercise, Slip
+from . import Exercise, Slip, same_letter
 
 EXERCISES = {
     "00.1": Exercise(
@@ -47,6 +47,6 @@ EXERCISES = {
             Slip("c", "The cache does not know about experts: it is right in both counts."),
         ),
         fallback='Answer with one letter, "a", "b" or "c".',
-        agrees=lambda given, wanted: str(given).strip().lower() == wanted,
+        agrees=same_letter,
     ),
 }

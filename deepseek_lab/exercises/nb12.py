@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from . import Exercise, Slip, close
+from . import Exercise, Slip, close, same_letter
 
 EXERCISES = {
     "12.1": Exercise(
@@ -52,6 +52,6 @@ EXERCISES = {
             Slip("b", "It was computed, so it prints a sensible number. Does anything learn from it?"),
         ),
         fallback='Answer with one letter, "a", "b" or "c".',
-        agrees=lambda given, wanted: str(given).strip().lower() == wanted,
+        agrees=same_letter,
     ),
 }

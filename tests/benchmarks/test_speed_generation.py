@@ -6,7 +6,6 @@ the ratios within a round. Ours is timed with compiled kernels and without.
 
 from functools import partial
 
-import pytest
 import torch
 import transformers
 from rounds import interleaved, report
@@ -18,14 +17,6 @@ from deepseek_lab.generation import generate
 ROUNDS = 9
 NEW_TOKENS = 128
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_generation(one_thread, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ The peers run in the same rounds: `transformers` with the same weights and its i
 matrix products of as many floating-point operations.
 """
 
-import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -14,14 +13,6 @@ from transformers.utils import logging
 import deepseek_lab as lab
 
 BATCH, LENGTH = 16, 256
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_training_step(one_thread, tmp_path):
