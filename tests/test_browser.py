@@ -1,15 +1,26 @@
 """The course in a real JupyterLab and browser: it runs, widgets follow the keyboard, nothing leaves the machine."""
 
+import json
 import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 from labserver import ROOT, answers, find_chromium, free_port, own_places, running
 
 START = "00_start_here.ipynb"
 PICTURE = ".memory-bar svg[role=img]"
+# Notebook 12 trains for a minute before its widget stands; this one has records that cost nothing.
+REPLAY = """
+import torch
+import deepseek_lab as lab
+loads = torch.randint(1, 90, (40, 3, 16), generator=torch.Generator().manual_seed(0))
+records = [lab.training.StepRecord(i, 4 / (i + 1) + 1, 1e-3, 1.0, 64, 0.1, load, {}) for i, load in enumerate(loads)]
+samples = {0: "e e ee", 20: "the the that", 39: "The statement is used to wrap a block."}
+lab.widgets.training_replay(records, samples, {0: 5.6, 20: 1.4}, step=0)
+"""
 
 
 def lab_command(*variables: str) -> list[str]:
@@ -63,11 +74,9 @@ def picture(start):
 
 def changed(picture, before: str) -> str:
     """Wait until the picture says something else than before; return what it says."""
-    picture.page.wait_for_function(
-        "([selector, before]) => document.querySelector(selector)?.getAttribute('aria-label') !== before",
-        arg=[PICTURE, before],
-        timeout=10_000,
-    )
+    from playwright.sync_api import expect
+
+    expect(picture).not_to_have_attribute("aria-label", before, timeout=10_000)
     return picture.get_attribute("aria-label")
 
 
@@ -123,6 +132,45 @@ def test_the_memory_bar_fits_a_column_of_600_pixels(start, picture):
     start.shot("memory_bar_600px")
     start.page.set_viewport_size({"width": 1280, "height": 900})
     assert box["x"] >= 0 and box["x"] + box["width"] <= 600
+
+
+@pytest.fixture(scope="module")
+def replay(lab):
+    """A notebook with the training replay alone, beside the course; its name."""
+    import nbformat
+
+    url, token = lab
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(REPLAY.strip())], metadata=kernel)
+    body = json.dumps({"type": "notebook", "content": notebook}).encode()
+    headers = {"Authorization": f"token {token}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/api/contents/notebooks/replay.ipynb", body, headers, method="PUT")
+    urllib.request.urlopen(request, timeout=10).close()
+    return "replay.ipynb"
+
+
+@pytest.mark.parametrize(
+    ("name", "widget", "slider", "choice"),
+    [
+        ("11_assemble_the_model.ipynb", "expert-routes", "token", "layer"),
+        ("replay.ipynb", "training-replay", "step", "expert layer"),
+    ],
+)
+def test_the_other_pictures_follow_their_controls_by_keyboard(open_notebook, replay, name, widget, slider, choice):
+    notebook = open_notebook(name).run_all()
+    picture = notebook.page.locator(f".{widget} svg[role=img]")
+    picture.scroll_into_view_if_needed()
+    says, height = picture.get_attribute("aria-label"), picture.bounding_box()["height"]
+    notebook.slider(slider).focus()
+    notebook.press("ArrowRight")
+    says = changed(picture, says)
+    notebook.shot(widget.replace("-", "_"))
+    layers = notebook.dropdown(choice)
+    layers.focus()
+    notebook.press("ArrowDown" if layers.evaluate("s => s.selectedIndex + 1 < s.options.length") else "ArrowUp")
+    changed(picture, says)
+    assert picture.bounding_box()["height"] == height, "the page jumps when the picture changes"
+    assert (notebook.errors, notebook.outside) == ([], [])
 
 
 def test_a_missing_browser_is_skipped_for_a_learner_and_fails_in_ci(monkeypatch):

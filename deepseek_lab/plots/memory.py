@@ -1,22 +1,33 @@
-"""The memory bar as a figure: what a model takes, against what the GPUs hold."""
+"""The memory bar: what a model takes, against what the GPUs hold and what the setting before it took."""
 
 from __future__ import annotations
 
-import io
+from collections.abc import Callable
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
-from deepseek_lab.accounting.memory_state import MemoryState
+from deepseek_lab.accounting.memory_state import (
+    MemoryState,
+    capacity_label,
+    change,
+    headline,
+    size_text,
+    summary,
+    verdict,
+)
+from deepseek_lab.units import GIB, byte_unit
 
-from . import bar_layout as at
-from .bar_layout import BarLayout, bar_layout
-from .style import FONT_SIZE, GREY, INK, PALETTE, style
+from .arrange import Scale, scale, spread
+from .sheet import WIDTH, Box, Line, Shape, Sheet, Words, draw
+from .style import INK, part_colour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INCHES = 7.2
-_TEXTURE = {"cache": "oo"}  # a second sign beside the colour
-_ALIGN = {"start": "left", "middle": "center", "end": "right"}
+HEIGHT = 226
+LEFT, RIGHT = 14, 444  # of the byte axis, in pixels; the rest is room for words
+_BAR_Y, _BAR_HEIGHT, _GHOST_Y, _GHOST_HEIGHT, _AXIS_Y, _LINE_TOP, _NAME_Y = 92, 40, 84, 56, 148, 78, 73
+_NAME_WIDTH, _CHARACTER = 128, 7.6  # chosen generously: fonts differ between machines
 
 
 def memory_bar(
@@ -26,85 +37,96 @@ def memory_bar(
 
     state: what to draw; or give its fields as settings: `memory_bar(model="deepseek-v3", cache="latent")`.
     previous: a state to draw hatched behind it, on the same scale, with the difference in words.
-    The x axis is in the unit that its last tick names, so a bar's width times that unit is its bytes. Returns the Axes.
+    The Axes, which it returns, count in pixels of a picture 580 wide.
     """
     if state is None:
         state = MemoryState(**settings)
     elif settings:
         raise ValueError(f"memory_bar got a state and also {', '.join(settings)}; give one or the other")
-    if ax is None:
-        import matplotlib.pyplot as plt
-
-        ax = plt.figure(figsize=(_INCHES, _INCHES * at.HEIGHT / at.WIDTH), layout="none").add_axes((0, 0, 1, 1))
-    plan = bar_layout(state, previous)
-    per_pixel = plan.axis.end / plan.axis.unit_bytes / at.PLOT  # axis units
-    ax.set_xlim(-at.LEFT * per_pixel, (at.WIDTH - at.LEFT) * per_pixel)
-    ax.set_ylim(at.HEIGHT, 0)
-    _draw_axis(ax, plan)
-    _draw_bars(ax, plan)
-    _draw_marks(ax, plan, per_pixel)
-    _draw_words(ax, plan, per_pixel)
-    return ax
+    return draw(memory_sheet(state, previous), ax)
 
 
-def memory_png(state: MemoryState, previous: MemoryState | None = None) -> bytes:
-    """Return the figure as PNG without a word to pyplot, so that a notebook does not show it a second time."""
-    import matplotlib
-    from matplotlib.figure import Figure
+def memory_sheet(state: MemoryState, previous: MemoryState | None = None) -> Sheet:
+    """Plan the picture of `state`, with `previous` hatched behind it on the same scale."""
+    largest = max(state.total, previous.total if previous else 0)
+    if state.capacity <= 4 * largest:  # else both bars would be slivers
+        largest = max(largest, state.capacity)
+    unit, unit_bytes, plan = byte_scale(largest)
 
-    with matplotlib.rc_context(style()):
-        figure = Figure(figsize=(_INCHES, _INCHES * at.HEIGHT / at.WIDTH), layout="none")
-        memory_bar(state, previous, ax=figure.add_axes((0, 0, 1, 1)))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    def x(size_bytes: float) -> float:
+        return plan.pixel(size_bytes / unit_bytes)
 
-
-def _draw_axis(ax: Axes, plan: BarLayout) -> None:
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.spines["bottom"].set_position(("data", at.AXIS_Y))
-    ax.spines["bottom"].set_bounds(0, plan.axis.end / plan.axis.unit_bytes)
-    ax.set_yticks([])
-    ax.set_xticks([tick / plan.axis.unit_bytes for tick in plan.axis.ticks], plan.axis.labels())
-
-
-def _draw_bars(ax: Axes, plan: BarLayout) -> None:
-    """Draw the bars in axis units: the one before, and the parts of this one from left to right."""
-    unit, left = plan.axis.unit_bytes, 0.0
-    if plan.ghost is not None:
-        before, place = plan.ghost / at.PLOT * plan.axis.end / unit, (at.GHOST_Y, at.GHOST_HEIGHT)
-        look = {"facecolor": "white", "edgecolor": GREY, "hatch": "///", "label": "before"}
-        ax.barh(place[0], before, place[1], align="edge", **look)
-        ax.barh(place[0], before, place[1], align="edge", facecolor="none", edgecolor=INK, linewidth=1)
-    for part in plan.parts:
-        look = {"color": PALETTE[part.role], "edgecolor": "white", "linewidth": 0, "hatch": _TEXTURE.get(part.role)}
-        ax.barh(at.BAR_Y, part.size_bytes / unit, at.BAR_HEIGHT, left, align="edge", label=part.name, **look)
-        left += part.size_bytes / unit
+    shapes = [
+        Words(LEFT, 24, headline(state), bold=True),
+        *_bars(state, previous, x),
+        *_capacity(state, x(state.capacity)),
+        *_axis(plan, unit),
+        *([] if previous is None else _change(state, previous, x)),
+        Words(LEFT, HEIGHT - 13, verdict(state)),
+    ]
+    return Sheet(HEIGHT, summary(state, previous), tuple(shapes))
 
 
-def _draw_marks(ax: Axes, plan: BarLayout, per_pixel: float) -> None:
-    """Draw the seams between parts, the lines from parts to their names, and the capacity."""
-    for edge in plan.edges[1:-1]:
-        xs = [(edge - at.LEFT) * per_pixel] * 2
-        ax.plot(xs, [at.BAR_Y, at.BAR_Y + at.BAR_HEIGHT], "-", color="white", linewidth=1)
-    for centre, place in plan.leaders:
-        xs = [(x - at.LEFT) * per_pixel for x in (centre, centre, place)]
-        ax.plot(xs, [at.BAR_Y, at.BAR_Y - 9, at.NAME_Y], "-", color=INK, linewidth=0.9)
-    if plan.capacity is not None:
-        xs = [(plan.capacity - at.LEFT) * per_pixel] * 2
-        ax.plot(xs, [at.LINE_TOP, at.AXIS_Y], color=INK, linewidth=2, linestyle=(0, (3, 1.5)), label="capacity")
-        ax.plot(xs[:1], [at.AXIS_Y + 28], marker="^", color=INK, markersize=6, linestyle="none")
+def byte_scale(largest: float) -> tuple[str, int, Scale]:
+    """Return an axis from 0 to the first tick at or above `largest` bytes: its unit, the unit's bytes, the scale in it.
+
+    GiB at most: the sums beside it are in GiB.
+    """
+    unit, unit_bytes = byte_unit(min(largest, 2 * GIB))
+    return unit, unit_bytes, scale(0, largest / unit_bytes, LEFT, RIGHT, most=6)
 
 
-def _draw_words(ax: Axes, plan: BarLayout, per_pixel: float) -> None:
-    for words in plan.words:
-        back = {"facecolor": "white", "edgecolor": "none", "pad": 1.5} if words.back else None
-        look = {
-            "fontsize": FONT_SIZE - 0.5,
-            "fontweight": "bold" if words.bold else "normal",
-            "bbox": back,
-            "zorder": 5,
-        }
-        x = (words.x - at.LEFT) * per_pixel
-        ax.text(x, words.y, words.text, ha=_ALIGN[words.anchor], va="baseline", **look)
+def _bars(state: MemoryState, previous: MemoryState | None, x: Callable[[float], float]) -> list[Shape]:
+    """The bar before and the parts of this one, apart in greyscale by seams, each with a line to its name above."""
+    out: list[Shape] = []
+    if previous is not None:
+        width = x(previous.total) - LEFT
+        out.append(Box(LEFT, _GHOST_Y, width, _GHOST_HEIGHT, "#FFFFFF", INK, "before", kind="ghost"))
+    sides = list(pairwise(map(x, accumulate(state.parts.values(), initial=0))))
+    for name, (left, right) in zip(state.parts, sides, strict=True):
+        hatch = "dots" if name == "cache" else ""
+        look = dict(fill=part_colour(name), hatch=hatch, kind="part", name=name)
+        out.append(Box(left, _BAR_Y, right - left, _BAR_HEIGHT, **look))
+    out += [Line(((left, _BAR_Y), (left, _BAR_Y + _BAR_HEIGHT)), "#FFFFFF") for left, _ in sides[1:]]
+    centres = [(left + right) / 2 for left, right in sides]
+    places = spread(centres, _NAME_WIDTH, 4, WIDTH - 4)
+    for (name, size), centre, place in zip(state.parts.items(), centres, places, strict=True):
+        out.append(Line(((centre, _BAR_Y), (centre, _BAR_Y - 9), (place, _NAME_Y))))
+        out.append(Words(place, 52, name, "middle", kind="name"))
+        out.append(Words(place, 68, size_text(size), "middle", bold=True))
+    return out
+
+
+def _capacity(state: MemoryState, x: float) -> list[Shape]:
+    text, y = capacity_label(state), _AXIS_Y + 43
+    if x > RIGHT:
+        return [Words(RIGHT, y, f"{text}, beyond this scale \N{BLACK RIGHT-POINTING TRIANGLE}", "end")]
+    half = len(text) * _CHARACTER / 2
+    return [
+        Line(((x, _LINE_TOP), (x, _AXIS_Y)), line=2.4, dashes=(6, 3), kind="capacity"),
+        Line(((x, y - 19), (x + 5, y - 12), (x - 5, y - 12)), line=0, fill=INK),
+        Words(min(max(x, LEFT + half), WIDTH - 8 - half), y, text, "middle"),
+    ]
+
+
+def _axis(plan: Scale, unit: str) -> list[Shape]:
+    """A line of bytes with its ticks; the last one names the unit."""
+    out: list[Shape] = [Line(((LEFT, _AXIS_Y), (RIGHT, _AXIS_Y)))]
+    for tick in plan.ticks():
+        x, text = plan.pixel(tick), f"{tick:,.6g}" + f" {unit}" * (tick == plan.ticks()[-1])
+        out += [Line(((x, _AXIS_Y), (x, _AXIS_Y + 5))), Words(x, _AXIS_Y + 19, text, "middle", kind="tick")]
+    return out
+
+
+def _change(state: MemoryState, previous: MemoryState, x: Callable[[float], float]) -> list[Shape]:
+    """The difference in two lines: on the hatched rest of the old bar if that is wide enough, else beside it."""
+    if previous.total == state.total:
+        return []
+    now, before = x(state.total), x(previous.total)
+    lines = change(state, previous).split(", ")
+    width = max(map(len, lines)) * _CHARACTER
+    middle = (now + before) / 2 if before - now > width + 12 else max(now, before) + 6 + width / 2
+    y = _BAR_Y + _BAR_HEIGHT / 2 - 3
+    ground = Box(middle - width / 2, y - 15, width, 37, "#FFFFFF")
+    words = (Words(middle, y + 16 * i, text, "middle", bold=i == 0) for i, text in enumerate(lines))
+    return [ground, *words]

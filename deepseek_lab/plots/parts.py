@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from deepseek_lab.units import byte_unit, format_bytes
 
-from .style import INK, PALETTE
+from .style import INK, PALETTE, part_colour
 
 
 def parts_bar(parts: Mapping[str, float], total_text: str, spoken: Mapping[str, str], ax=None):
@@ -21,7 +21,7 @@ def parts_bar(parts: Mapping[str, float], total_text: str, spoken: Mapping[str, 
         ax = plt.subplots(figsize=(7.2, 0.6 + 0.46 * len(parts)))[1]
     largest = max(parts.values())
     for row, name in enumerate(ordered):
-        ax.barh(row, parts[name], color=_colour(name), height=0.62)
+        ax.barh(row, parts[name], color=part_colour(name), height=0.62)
         ax.text(parts[name] + 0.012 * largest, row, spoken[name], va="center", color=INK)
     ax.set_yticks(range(len(ordered)), ordered)
     ax.invert_yaxis()
@@ -52,8 +52,3 @@ def cache_growth(tokens: list[int], sizes: Mapping[str, list[int]], ax=None):
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     ax.grid(axis="y")
     return ax
-
-
-def _colour(name: str) -> str:
-    """The part's colour, by the first word of the palette that occurs in its name."""
-    return next((colour for word, colour in PALETTE.items() if word.rstrip("s") in name), PALETTE["other"])

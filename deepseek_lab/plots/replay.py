@@ -6,7 +6,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .sheet import WIDTH, Box, Line, Scale, Shape, Sheet, Words, axis, draw, printable, scale, wrap
+from .arrange import Scale, one_in, printable, scale, wrap, y_axis
+from .sheet import WIDTH, Box, Line, Shape, Sheet, Words, draw
 from .style import INK, PALETTE
 from .training import _running_mean
 
@@ -54,7 +55,7 @@ def replay_sheet(
         Words(_MARGIN, 22, loss_words(record, losses, step), bold=True, kind="headline"),
         *_sample(text),
         *_loss(records, samples, losses, step),
-        *(_load(records, samples, step, layer) if len(record.load) else _no_load()),
+        *_load(records, samples, step, layer),
     ]
     return Sheet(HEIGHT, summary(record, text, losses, step, layer), tuple(shapes), detail=text)
 
@@ -113,15 +114,11 @@ def _loss_at(record, losses: Mapping[int, float], step: int) -> tuple[str, float
 
 
 def _sample(text: str) -> list[Shape]:
-    lines = wrap(text, COLUMNS, LINES)
-    return [
-        Words(_MARGIN, _FRAME_Y - 8, "The model wrote:"),
-        Box(_MARGIN, _FRAME_Y, WIDTH - 2 * _MARGIN, _FRAME_HEIGHT, "none", INK, kind="frame"),
-        *(
-            Words(_MARGIN + 10, _FRAME_Y + 20 + _LINE * i, line, mono=True, kind="sample")
-            for i, line in enumerate(lines)
-        ),
-    ]
+    frame = Box(_MARGIN, _FRAME_Y, WIDTH - 2 * _MARGIN, _FRAME_HEIGHT, "none", INK, kind="frame")
+    out = [Words(_MARGIN, _FRAME_Y - 8, "The model wrote:"), frame]
+    for i, line in enumerate(wrap(text, COLUMNS, LINES)):
+        out.append(Words(_MARGIN + 10, _FRAME_Y + 20 + _LINE * i, line, mono=True, kind="sample"))
+    return out
 
 
 def _loss(records: Sequence, samples: Mapping[int, str], losses: Mapping[int, float], step: int) -> list[Shape]:
@@ -137,27 +134,22 @@ def _loss(records: Sequence, samples: Mapping[int, str], losses: Mapping[int, fl
 
     every = len(steps) // _POINTS + 1
     kept = sorted({*range(0, len(steps), every), len(steps) - 1})
-    side = "start" if x(step) < (LOSS_LEFT + LOSS_RIGHT) / 2 else "end"
-    curve = tuple((x(steps[i]), plan.y(smooth[i])) for i in kept)
+    here = x(step)
+    side, beside = ("start", here + 5) if here < (LOSS_LEFT + LOSS_RIGHT) / 2 else ("end", here - 5)
+    curve = tuple((x(steps[i]), plan.pixel(smooth[i])) for i in kept)
     return [
         Words(_MARGIN, _TITLE_Y - 4, "loss (nats per token)", bold=True),
-        *axis(plan, LOSS_LEFT, LOSS_RIGHT),
+        *y_axis(plan, LOSS_LEFT, LOSS_RIGHT),
         Line(((LOSS_LEFT, BOTTOM), (LOSS_RIGHT, BOTTOM))),
         Line(curve, PALETTE["weights"], 2.2, kind="curve"),
-        *(_dot(x(at), plan.y(loss), 3, PALETTE["gradients"], "held-out", str(at)) for at, loss in losses.items()),
-        Line(((x(step), TOP - 6), (x(step), BOTTOM)), line=1.4, dashes=(4, 3), kind="moment"),
-        _dot(x(step), plan.y(marked), 4.5, INK, "marked", str(step)),
-        Words(
-            x(step) + (5 if side == "start" else -5), TOP - 2, f"{marked:.2f}", side, bold=True, size=12, kind="loss"
-        ),
-        *_step_numbers(x, first, last),
+        *(_dot(x(at), plan.pixel(loss), 3, PALETTE["gradients"], "held-out", str(at)) for at, loss in losses.items()),
+        Line(((here, TOP - 6), (here, BOTTOM)), line=1.4, dashes=(4, 3), kind="moment"),
+        _dot(here, plan.pixel(marked), 4.5, INK, "marked", str(step)),
+        Words(beside, TOP - 2, f"{marked:.2f}", side, bold=True, size=12, kind="loss"),
+        Words(x(first), _NUMBER_Y, f"{first:,}", "middle", size=12),
+        Words(x(last), _NUMBER_Y, f"step {last:,}", "end", size=12),
         *_loss_key(bool(losses)),
     ]
-
-
-def _step_numbers(x, first: int, last: int) -> list[Shape]:
-    texts = {first: (f"{first:,}", "middle"), last: (f"step {last:,}", "end")}
-    return [Words(x(at), _NUMBER_Y, text, anchor, size=12) for at, (text, anchor) in texts.items()]
 
 
 def _loss_key(held_out: bool) -> list[Shape]:
@@ -175,20 +167,16 @@ def _dot(x: float, y: float, half: float, colour: str, kind: str = "", name: str
 
 def _load(records: Sequence, samples: Mapping[int, str], step: int, layer: int) -> list[Shape]:
     """One bar per expert in multiples of the fair share; the scale is that of all moments, so bars can be compared."""
-    seen = [at_step(records, at) for at in samples]
+    record, seen = at_step(records, step), [at_step(records, at) for at in samples]
+    if not len(record.load):
+        return [Words((LOAD_LEFT + LOAD_RIGHT) / 2, (TOP + BOTTOM) / 2, "this model has no experts", "middle")]
     plan = scale(0, max(2.0, *(max(fair_shares(r, row)) for r in seen for row in range(len(r.load)))), BOTTOM, TOP, 4)
-    record = at_step(records, step)
-    shares, fair = fair_shares(record, layer), plan.y(1)
+    shares, fair = fair_shares(record, layer), plan.pixel(1)
     slot = (LOAD_RIGHT - LOAD_LEFT) / len(shares)
-    every = next(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n * slot >= 18)
-    busiest = shares.index(max(shares))
-    out: list[Shape] = [
-        Words(LOAD_LEFT - 22, _TITLE_Y - 4, f"load of expert layer {layer + 1} of {len(record.load)}", bold=True),
-        *axis(plan, LOAD_LEFT, LOAD_RIGHT),
-    ]
-    out += _load_bars(shares, slot, plan, busiest, every)
     return [
-        *out,
+        Words(LOAD_LEFT - 22, _TITLE_Y - 4, f"load of expert layer {layer + 1} of {len(record.load)}", bold=True),
+        *y_axis(plan, LOAD_LEFT, LOAD_RIGHT),
+        *_load_bars(shares, slot, plan),
         Line(((LOAD_LEFT, BOTTOM), (LOAD_RIGHT, BOTTOM))),
         Line(((LOAD_LEFT, fair), (LOAD_RIGHT, fair)), line=1.6, dashes=(6, 3), kind="fair"),
         Line(((LOAD_LEFT, _KEY_Y - 4), (LOAD_LEFT + 22, _KEY_Y - 4)), line=1.6, dashes=(6, 3)),
@@ -198,17 +186,13 @@ def _load(records: Sequence, samples: Mapping[int, str], step: int, layer: int) 
     ]
 
 
-def _load_bars(shares: list[float], slot: float, plan: Scale, busiest: int, every: int) -> list[Shape]:
+def _load_bars(shares: list[float], slot: float, plan: Scale) -> list[Shape]:
     out: list[Shape] = []
+    busiest, every = shares.index(max(shares)), one_in(slot)
     for expert, share in enumerate(shares):
-        left, top = LOAD_LEFT + slot * (expert + 0.12), plan.y(share)
-        edge = dict(edge=INK, line=2.0) if expert == busiest else {}
+        left, top, bold = LOAD_LEFT + slot * (expert + 0.12), plan.pixel(share), expert == busiest
+        edge = dict(edge=INK, line=2.0) if bold else {}
         out.append(Box(left, top, slot * 0.76, BOTTOM - top, PALETTE["experts"], kind="load", name=str(expert), **edge))
-        bold = expert == busiest
         if bold or (expert % every == 0 and abs(expert - busiest) >= every):
             out.append(Words(left + slot * 0.38, _NUMBER_Y, str(expert), "middle", bold=bold, size=12, kind="number"))
     return out
-
-
-def _no_load() -> list[Shape]:
-    return [Words((LOAD_LEFT + LOAD_RIGHT) / 2, (TOP + BOTTOM) / 2, "this model has no experts", "middle")]

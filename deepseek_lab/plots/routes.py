@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .bar_layout import spread
+from .arrange import Scale, flow, one_in, scale, spread, y_axis
 from .routes_words import bias_note, by_number, changes, headline, summary, visible
-from .sheet import WIDTH, Box, Line, Scale, Shape, Sheet, Words, axis, draw, flow, scale
+from .sheet import WIDTH, Box, Line, Shape, Sheet, Words, draw
 from .style import INK, PALETTE
 
 if TYPE_CHECKING:
@@ -48,15 +48,16 @@ def expert_routes(
 
 def routes_sheet(trace, pieces: Sequence[str], layer: int | None = None, token: int | None = None) -> Sheet:
     """Plan the picture. Raises ValueError for pieces that are not one per token and for a position outside the text."""
-    token, at = _check(trace, pieces, layer, token)
+    token, at = check(trace, pieces, layer, token)
     bars = bar_places(at.groups.tolist(), trace.span)
+    axis_name = "score (0 to 1)" + " plus bias" * bool(at.bias.any())
     shapes = [
         Words(_MARGIN, 22, headline(at, pieces, token), bold=True, kind="headline"),
         *_text(at, pieces, token),
         *_legend(),
         *_grounds(at, token, bars),
-        *axis(bars.scale, LEFT, RIGHT),
-        Words(16, (TOP + BOTTOM) / 2, "score (0 to 1)", "middle", size=12, turned=True),
+        *y_axis(bars.scale, LEFT, RIGHT),
+        Words(16, (TOP + BOTTOM) / 2, axis_name, "middle", size=12, turned=True),
         *_bars(at, token, bars),
         *_chosen(at, token, bars),
         *(Words(_MARGIN, _CHANGE_Y + 18 * i, text, kind="change") for i, text in enumerate(changes(at, token))),
@@ -78,11 +79,11 @@ def bar_places(groups: Sequence[int], span: tuple[float, float]) -> Bars:
         edges.append((members[0] - (slot - width) / 2 - 2, members[-1] + (slot + width) / 2 + 2))
     low, high = span
     high = max(high, 1.0) if high > 0.5 else high
-    every = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if step * slot >= 18)
-    return Bars(lefts, width, tuple(edges), scale(min(low, 0.0), high, BOTTOM, TOP, most=8), every)
+    return Bars(lefts, width, tuple(edges), scale(min(low, 0.0), high, BOTTOM, TOP, most=8), one_in(slot))
 
 
-def _check(trace, pieces: Sequence[str], layer: int | None, token: int | None):
+def check(trace, pieces: Sequence[str], layer: int | None, token: int | None):
+    """Return the token and the layer's trace to show. Raises ValueError for what does not fit the trace."""
     count = len(trace.tokens)
     if len(pieces) != count:
         raise ValueError(f"expert_routes got {len(pieces)} pieces for {count} tokens; give the text of each token")
@@ -154,12 +155,12 @@ def _grounds(at, token: int, bars: Bars) -> list[Shape]:
 def _bars(at, token: int, bars: Bars) -> list[Shape]:
     out: list[Shape] = []
     kept, groups = at.kept[token].tolist(), at.groups.tolist()
-    zero, chosen = bars.scale.y(0), set(at.chosen[token].tolist())
+    zero, chosen = bars.scale.pixel(0), set(at.chosen[token].tolist())
     for expert, (score, total) in enumerate(
         zip(at.scores[token].tolist(), at.centred_selection[token].tolist(), strict=True)
     ):
         left, name, inside = bars.lefts[expert], str(expert), kept[groups[expert]]
-        top, end = bars.scale.y(score), bars.scale.y(total)
+        top, end = bars.scale.pixel(score), bars.scale.pixel(total)
         fill = PALETTE["experts"] if inside else _DROPPED
         edge = dict(edge=INK, line=2.0) if expert in chosen else {}
         out.append(Box(left, top, bars.width, zero - top, fill, kind="score", name=name, **edge))
@@ -183,7 +184,7 @@ def _chosen(at, token: int, bars: Bars) -> list[Shape]:
         text = f"{expert}: {weight:.2f}" if numbered else f"{weight:.2f}"
         out.append(Words(place, _WEIGHT_Y, text, "middle", bold=True, size=12, kind="weight"))
         out += _tick(place, _WEIGHT_Y + 10, "tick")
-        end = bars.scale.y(max(selection[expert], at.scores[token, expert].item())) - 3
+        end = bars.scale.pixel(max(selection[expert], at.scores[token, expert].item())) - 3
         corner = ((place, _WEIGHT_Y + 16), (bars.middle(expert), TOP - 3), (bars.middle(expert), max(end, TOP - 3)))
         out.append(Line(corner, dashes=(2, 2), kind="leader", name=str(expert)))
     return out
@@ -191,7 +192,7 @@ def _chosen(at, token: int, bars: Bars) -> list[Shape]:
 
 def _apart(centres: list[float], width: float) -> list[float]:
     """Labels of this width moved apart to both sides alike: the mean of pushing them right and pushing them left."""
-    widths, low, high = [width] * len(centres), LEFT - 20, WIDTH - 2
-    right = spread(centres, widths, low, high)
-    left = spread([-centre for centre in reversed(centres)], widths, -high, -low)
+    low, high = LEFT - 20, WIDTH - 2
+    right = spread(centres, width, low, high)
+    left = spread([-centre for centre in reversed(centres)], width, -high, -low)
     return [(a - b) / 2 for a, b in zip(right, reversed(left), strict=True)]

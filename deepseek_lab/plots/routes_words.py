@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .sheet import printable
+from .arrange import printable
 
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥", "": "▯"}
 

@@ -54,6 +54,11 @@ _RC = {
 }
 
 
+def part_colour(name: str) -> str:
+    """Return the colour of a part: that of the first word of the palette that occurs in its name."""
+    return next((colour for word, colour in PALETTE.items() if word.rstrip("s") in name), PALETTE["other"])
+
+
 def style() -> dict:
     """Return the course's settings as a dictionary for `matplotlib.rc_context`."""
     from cycler import cycler

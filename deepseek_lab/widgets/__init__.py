@@ -1,8 +1,9 @@
 """Pictures that answer to controls: layout and listening only, every number comes from `accounting` or a record."""
 
 # Imported at once: `memory_bar` names a module and the function in it, and `widgets.memory_bar` must be the function.
-from .expert_routes import ExpertRoutes, expert_routes
+from .base import PictureWidget
+from .expert_routes import expert_routes
 from .memory_bar import MemoryBar, memory_bar
-from .training_replay import TrainingReplay, training_replay
+from .training_replay import training_replay
 
-__all__ = ["ExpertRoutes", "MemoryBar", "TrainingReplay", "expert_routes", "memory_bar", "training_replay"]
+__all__ = ["MemoryBar", "PictureWidget", "expert_routes", "memory_bar", "training_replay"]

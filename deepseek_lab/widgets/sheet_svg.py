@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from html import escape
 
-from deepseek_lab.plots.sheet import WIDTH, Box, Line, Sheet, Words
-from deepseek_lab.plots.style import INK
+from deepseek_lab.plots.sheet import WIDTH, Box, Line, Shape, Sheet, Words
+from deepseek_lab.plots.style import GREY, INK
 
 _FONT = "system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"
 _MONO = "ui-monospace,Menlo,Consolas,DejaVu Sans Mono,monospace"
-_TURNS = {"up": 45, "down": -45}
+#: The textures of `plots.sheet.HATCHES`: the side of a square that repeats, how far it is turned, what is in it.
+_PATTERNS = {
+    "up": (5, 45, f'<path d="M0 0 V5" stroke="{INK}" stroke-width="2"/>'),
+    "down": (5, -45, f'<path d="M0 0 V5" stroke="{INK}" stroke-width="2"/>'),
+    "before": (7, 45, f'<path d="M0 0 V7" stroke="{GREY}" stroke-width="2.4"/>'),
+    "dots": (6, 0, '<circle cx="3" cy="3" r="1.2" fill="#fff"/>'),
+}
 
 
 def sheet_svg(sheet: Sheet, ids: str = "sheet") -> str:
@@ -17,37 +23,38 @@ def sheet_svg(sheet: Sheet, ids: str = "sheet") -> str:
     painters = {Box: _box, Line: _line, Words: _words}
     shapes = "".join(painters[type(shape)](shape, ids) for shape in sheet.shapes)
     detail = f"<desc>{escape(sheet.detail)}</desc>" if sheet.detail else ""
+    patterns = "".join(
+        f'<pattern id="{ids}-{name}" width="{side}" height="{side}" patternUnits="userSpaceOnUse" '
+        f'patternTransform="rotate({turn})">{content}</pattern>'
+        for name, (side, turn, content) in _PATTERNS.items()
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {sheet.height}" width="{WIDTH}" '
         f'height="{sheet.height}" style="max-width:100%;height:auto;display:block" role="img" '
-        f'aria-label="{escape(sheet.label, quote=True)}" font-family="{_FONT}" fill="{INK}">{detail}{_patterns(ids)}'
+        f'aria-label="{escape(sheet.label)}" font-family="{_FONT}" fill="{INK}">{detail}<defs>{patterns}</defs>'
         f'<rect width="{WIDTH}" height="{sheet.height}" rx="4" fill="#fff"/>{shapes}</svg>'
     )
 
 
-def _patterns(ids: str) -> str:
-    made = "".join(
-        f'<pattern id="{ids}-{name}" width="5" height="5" patternUnits="userSpaceOnUse" '
-        f'patternTransform="rotate({turn})"><path d="M0 0 V5" stroke="{INK}" stroke-width="2"/></pattern>'
-        for name, turn in _TURNS.items()
-    )
-    return f"<defs>{made}</defs>"
+def _marks(shape: Shape) -> str:
+    """Return what tests find a shape by."""
+    name = getattr(shape, "name", "")
+    return f' class="{shape.kind}"' * bool(shape.kind) + f' data-name="{escape(name)}"' * bool(name)
 
 
 def _box(box: Box, ids: str) -> str:
-    place = f'x="{box.x:.2f}" y="{box.y:.2f}" width="{box.width:.2f}" height="{box.height:.2f}"'
-    marks = f' class="{box.kind}"' * bool(box.kind) + f' data-name="{escape(box.name)}"' * bool(box.name)
-    edge = f'stroke="{box.edge}" stroke-width="{box.line}"' if box.edge != "none" else ""
+    place = f'x="{box.x:.3f}" y="{box.y:.3f}" width="{box.width:.3f}" height="{box.height:.3f}"'
+    edge = f' stroke="{box.edge}" stroke-width="{box.line}"' if box.edge != "none" else ""
     if not box.hatch:
-        return f'<rect{marks} {place} fill="{box.fill}" {edge}/>'
-    return f'<rect {place} fill="{box.fill}"/><rect{marks} {place} fill="url(#{ids}-{box.hatch})" {edge}/>'
+        return f'<rect{_marks(box)} {place} fill="{box.fill}"{edge}/>'
+    return f'<rect {place} fill="{box.fill}"/><rect{_marks(box)} {place} fill="url(#{ids}-{box.hatch})"{edge}/>'
 
 
 def _line(line: Line, _ids: str) -> str:
     path = "M" + " L".join(f"{x:.2f} {y:.2f}" for x, y in line.points) + (" Z" if line.fill != "none" else "")
-    marks = f' class="{line.kind}"' * bool(line.kind) + f' data-name="{escape(line.name)}"' * bool(line.name)
+    look = f'fill="{line.fill}" stroke="{line.edge}" stroke-width="{line.line}"'
     dashes = f' stroke-dasharray="{line.dashes[0]} {line.dashes[1]}"' if line.dashes else ""
-    return f'<path{marks} d="{path}" fill="{line.fill}" stroke="{line.edge}" stroke-width="{line.line}"{dashes}/>'
+    return f'<path{_marks(line)} d="{path}" {look}{dashes}/>'
 
 
 def _words(words: Words, _ids: str) -> str:
@@ -59,5 +66,4 @@ def _words(words: Words, _ids: str) -> str:
         look += ' xml:space="preserve" style="white-space:pre;unicode-bidi:bidi-override"'
     if words.turned:
         look += f' transform="rotate(-90 {words.x:.1f} {words.y:.1f})"'
-    marks = f' class="{words.kind}"' * bool(words.kind)
-    return f'<text{marks} x="{words.x:.1f}" y="{words.y:.1f}" {look}>{escape(words.text)}</text>'
+    return f'<text{_marks(words)} x="{words.x:.1f}" y="{words.y:.1f}" {look}>{escape(words.text)}</text>'

@@ -55,7 +55,7 @@ def words(svg, kind=None):
 def test_bars_are_as_high_as_the_scores_and_pieces_as_the_bias(layer):
     at, svg = TRACE.at(layer), drawn(layer=layer, token=20)
     scale = bar_places(at.groups.tolist(), TRACE.span).scale
-    pixels, zero = (scale.bottom - scale.top) / (scale.high - scale.low), scale.y(0)
+    pixels, zero = (scale.start - scale.end) / (scale.high - scale.low), scale.pixel(0)
     bars, pieces = named(svg, "score"), named(svg, "bias")
     assert [int(bar.get("data-name")) for bar in bars] == list(range(16))
     for bar, score in zip(bars, at.scores[20].tolist(), strict=True):
@@ -65,7 +65,7 @@ def test_bars_are_as_high_as_the_scores_and_pieces_as_the_bias(layer):
         assert float(piece.get("height")) == pytest.approx(abs(bias) * pixels, abs=0.011)
         assert piece.get("fill").endswith("-up)" if bias > 0 else "-down)")
     ends = [float(line.get("d")[1:].split()[1]) for line in named(svg, "sum")]
-    assert ends == pytest.approx([scale.y(value) for value in at.centred_selection[20].tolist()], abs=0.011)
+    assert ends == pytest.approx([scale.pixel(value) for value in at.centred_selection[20].tolist()], abs=0.011)
 
 
 @pytest.mark.parametrize("token", [0, 12, len(PIECES) - 1])

@@ -6,21 +6,26 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from deepseek_lab.accounting import MemoryState, kv_cache, weights
-from deepseek_lab.accounting.memory_state import CACHE_NAMES, GPU_SETS, MODEL_NAMES, WEIGHT_NAMES
-from deepseek_lab.plots import bar_layout as at
+from deepseek_lab.accounting.memory_state import CACHE_NAMES, GPU_SETS, MODEL_NAMES, WEIGHT_NAMES, summary
+from deepseek_lab.plots.memory import LEFT, RIGHT, byte_scale, memory_sheet
 from deepseek_lab.widgets import MemoryBar, memory_bar
-from deepseek_lab.widgets.memory_bar import picture, summary
+from deepseek_lab.widgets.sheet_svg import sheet_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 NOW, BEFORE = MemoryState(), MemoryState(cache="expanded")
 
 
 def drawn(state, previous=None):
-    return ElementTree.fromstring(picture(state, previous))
+    return ElementTree.fromstring(sheet_svg(memory_sheet(state, previous)))
 
 
-def rects(svg, name):
-    return [rect for rect in svg.iter(f"{SVG}rect") if rect.get("class") == name]
+def named(svg, kind):
+    return [element for element in svg.iter() if element.get("class") == kind]
+
+
+def pixels_per_byte(largest):
+    _, unit_bytes, scale = byte_scale(largest)
+    return (RIGHT - LEFT) / (scale.high * unit_bytes)
 
 
 def words(svg):
@@ -36,32 +41,31 @@ def states():
 
 
 def test_the_bars_are_as_long_as_their_bytes():
-    pixels_per_byte = at.PLOT / at.bar_axis(NOW.total, BEFORE.total, NOW.capacity).end
     stored = weights(NOW.config, "fp8")
     routed = stored["experts/routed experts"].total
     expected = [routed, stored.total - routed, kv_cache(NOW.config, 131_072).total]
-    parts = rects(drawn(NOW, BEFORE), "part")
-    assert [part.get("data-part") for part in parts] == ["routed experts", "other weights", "cache"]
+    parts = named(drawn(NOW, BEFORE), "part")
+    assert [part.get("data-name") for part in parts] == ["routed experts", "other weights", "cache"]
     for part, size in zip(parts, expected, strict=True):
-        assert float(part.get("width")) == pytest.approx(size * pixels_per_byte, abs=0.01)
+        assert float(part.get("width")) == pytest.approx(size * pixels_per_byte(BEFORE.total), abs=0.01)
     for left, right in itertools.pairwise(parts):
         assert float(left.get("x")) + float(left.get("width")) == pytest.approx(float(right.get("x")), abs=0.01)
 
 
 def test_the_setting_before_is_drawn_behind_at_its_own_length_on_the_same_scale():
-    (ghost,) = rects(drawn(NOW, BEFORE), "ghost")
-    now = sum(float(part.get("width")) for part in rects(drawn(NOW, BEFORE), "part"))
+    (ghost,) = named(drawn(NOW, BEFORE), "ghost")
+    now = sum(float(part.get("width")) for part in named(drawn(NOW, BEFORE), "part"))
     assert float(ghost.get("width")) / now == pytest.approx(BEFORE.total / NOW.total, rel=1e-4)
     assert "saves 601.4 GiB" in words(drawn(NOW, BEFORE)) and "1.9x less" in words(drawn(NOW, BEFORE))
-    assert rects(drawn(NOW), "ghost") == []
+    assert named(drawn(NOW), "ghost") == []
 
 
 def test_the_capacity_stands_where_its_bytes_are_or_is_said_to_lie_beyond():
-    axis = at.bar_axis(NOW.total, 0, NOW.capacity)
-    (line,) = (path for path in drawn(NOW).iter(f"{SVG}path") if path.get("class") == "capacity")
-    assert float(line.get("d")[1:].split()[0]) == pytest.approx(at.LEFT + NOW.capacity / axis.end * at.PLOT, abs=0.01)
+    (line,) = named(drawn(NOW), "capacity")
+    x = float(line.get("d")[1:].split()[0])
+    assert x == pytest.approx(LEFT + NOW.capacity * pixels_per_byte(NOW.total), abs=0.01)
     small = drawn(MemoryState("llama-3.1-8b", "bf16", "grouped", 1_024, gpu="16 x H800"))
-    assert not [path for path in small.iter(f"{SVG}path") if path.get("class") == "capacity"]
+    assert named(small, "capacity") == []
     assert "16 x H800: 1,280 GB = 1,192.1 GiB, beyond this scale ▶" in words(small)
 
 
@@ -79,35 +83,29 @@ def test_the_picture_says_in_words_what_it_shows():
 def test_every_setting_gives_a_well_formed_picture_of_one_size_with_its_words_inside(state):
     svg = drawn(state, NOW)
     assert (svg.get("viewBox"), svg.get("width"), svg.get("height")) == ("0 0 580 226", "580", "226")
-    assert svg[1].get("fill") == "#fff" and svg.get("fill") == "#111111"
+    assert svg.find(f"{SVG}rect").get("fill") == "#fff" and svg.get("fill") == "#111111"
     for text in svg.iter(f"{SVG}text"):
         wide = len("".join(text.itertext())) * 7.0
         start = float(text.get("x")) - {"start": 0, "middle": wide / 2, "end": wide}[text.get("text-anchor")]
         assert start > -4 and start + wide < 584, "".join(text.itertext())
-    used = max(float(rect.get("x")) + float(rect.get("width")) for rect in rects(svg, "part") + rects(svg, "ghost"))
-    assert used <= at.LEFT + at.PLOT + 0.01
+    used = max(float(rect.get("x")) + float(rect.get("width")) for rect in named(svg, "part") + named(svg, "ghost"))
+    assert used <= RIGHT + 0.01
 
 
 def test_names_of_parts_never_touch():
     for state in states():
-        plan = at.bar_layout(state)
-        places = [place for _, place in plan.leaders]
+        places = [float(name.get("x")) for name in named(drawn(state), "name")]
         assert all(b - a >= 127.9 for a, b in itertools.pairwise(places))
 
 
 def test_ticks_are_round_and_the_last_one_names_the_unit():
     for size in (1, 999, 15e6, 80e9, 635.5 * 2**30, 2.8e14):
-        axis = at.byte_axis(size)
-        assert axis.end >= size and 2 <= len(axis.ticks) <= 8
-        assert axis.labels()[0] == "0" and axis.labels()[-1].endswith(f" {axis.unit}")
-        step = axis.ticks[1] / axis.unit_bytes
-        assert f"{step:.0e}"[0] in "125"
-
-
-def test_labels_move_apart_only_as_far_as_they_must():
-    assert at.spread([50, 200], [100, 100], 0, 400) == [50, 200]
-    assert at.spread([50, 60], [100, 100], 0, 400) == [50, 150]
-    assert at.spread([390, 395], [100, 100], 0, 400) == [250, 350]
+        _, unit_bytes, scale = byte_scale(size)
+        assert scale.high * unit_bytes >= size and 2 <= len(scale.ticks()) <= 8
+        assert f"{scale.step:.0e}"[0] in "125"
+    for state in states():
+        first, *_, last = ["".join(tick.itertext()) for tick in named(drawn(state), "tick")]
+        assert first == "0" and last.endswith(f" {byte_scale(state.total)[0]}")
 
 
 def test_the_widget_starts_at_the_setting_that_was_asked_for():

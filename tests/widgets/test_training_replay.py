@@ -123,7 +123,7 @@ def test_every_moment_has_one_size_and_its_words_inside(experts):
         svg = drawn(records, step=step)
         assert (svg.get("viewBox"), svg.get("width"), svg.get("height")) == ("0 0 580 436", "580", "436")
         assert svg.find(f"{SVG}rect").get("fill") == "#fff" and svg.get("fill") == "#111111"
-        assert [box.get("height") for box in named(svg, "frame")] == ["156.00"]
+        assert [float(box.get("height")) for box in named(svg, "frame")] == [156]
         for text in svg.iter(f"{SVG}text"):
             wide = (
                 len("".join(text.itertext())) * float(text.get("font-size")) * (0.6 if text.get("font-family") else 0.5)
