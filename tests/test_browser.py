@@ -80,6 +80,11 @@ def changed(picture, before: str) -> str:
     return picture.get_attribute("aria-label")
 
 
+def spoken(handle) -> tuple[str | None, str | None]:
+    """What a screen reader says of a slider: its name and its value."""
+    return handle.get_attribute("aria-label"), handle.get_attribute("aria-valuetext")
+
+
 def test_the_first_notebook_runs_in_jupyterlab_without_errors_or_outside_requests(start):
     start.shot("00_start_here")
     assert start.outside == []
@@ -94,9 +99,12 @@ def test_the_memory_bar_follows_its_slider_by_keyboard(start, picture):
     for key in ("ArrowRight", "End", "ArrowLeft"):
         start.press(key)
         says = changed(picture, says)
-    start.slider("batch").focus()
+    batch = start.slider("batch")
+    assert spoken(start.slider("context")) == ("context", "65,536 tokens")
+    batch.focus()
     start.press("ArrowRight")
     changed(picture, says)
+    assert spoken(batch) == ("batch", "16 sequences")
     assert picture.bounding_box()["height"] == height, "the page jumps when the picture changes"
     start.shot("memory_bar")
 

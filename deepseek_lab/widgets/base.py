@@ -10,12 +10,23 @@ from deepseek_lab.plots.sheet import Sheet, png
 
 from .sheet_svg import sheet_svg
 
-# JupyterLab's command mode takes letters and arrows from a closed drop-down list: ArrowDown leaves the cell, "x" cuts
-# it (ipywidgets issue 3912). An attribute on the focused element tells it to leave the keys alone. No ipywidget can set
-# one, so an image that cannot load does it as soon as it meets the page. The style gives read-outs their room.
+# What no ipywidget can set, an image that cannot load sets as soon as it meets the page:
+# - JupyterLab's command mode takes letters and arrows from a closed drop-down list: ArrowDown leaves the cell, "x" cuts
+#   it (ipywidgets issue 3912). An attribute on the focused element tells it to leave the keys alone.
+# - The handle of a slider has no name, and its value is an index: a screen reader is told what stands beside it.
+# The style gives read-outs their room.
 _PAGE_RULES = """<style>.{name} .widget-readout {{ min-width: {readout}px; max-width: none; }}</style>
-<img alt="" src="data:," onerror="this.closest('.{name}').addEventListener('focusin',
-event => event.target.setAttribute('data-lm-suppress-shortcuts', 'true'))">"""
+<img alt="" src="data:," onerror="const box = this.closest('.{name}');
+const say = () => box.querySelectorAll('.widget-slider').forEach(slider => {{
+    const handle = slider.querySelector('.noUi-handle');
+    handle?.setAttribute('aria-label', slider.querySelector('.widget-label').textContent);
+    handle?.setAttribute('aria-valuetext', slider.querySelector('.widget-readout').textContent);
+}});
+box.addEventListener('focusin', event => {{
+    event.target.setAttribute('data-lm-suppress-shortcuts', 'true');
+    say();
+}});
+box.addEventListener('keyup', say);">"""
 
 
 class PictureWidget(ipywidgets.VBox):
