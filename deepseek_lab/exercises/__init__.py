@@ -53,8 +53,8 @@ class Exercise:
 
 
 def close(given: Any, wanted: Any) -> bool:
-    """Whether two numbers agree to a thousandth."""
-    return abs(float(given) - float(wanted)) <= 1e-3 * abs(float(wanted))
+    """Whether two numbers agree to half a per cent, so that an answer may be rounded to three digits."""
+    return abs(float(given) - float(wanted)) <= 5e-3 * abs(float(wanted))
 
 
 def same_letter(given: Any, wanted: str) -> bool:

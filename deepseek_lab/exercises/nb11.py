@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from . import Exercise, Slip, close
+from . import Exercise, Slip, close, same_letter
 
 
 def _turned(pair, angle):
@@ -80,5 +80,16 @@ EXERCISES = {
         ),
         fallback="Expanded: heads x (key width + value width). Latent: latent + rope key. Divide.",
         agrees=close,
+    ),
+    "11.5": Exercise(
+        todo='Which check catches the leaky router? Answer "a", "b" or "c".',
+        solution="c",
+        praise="What only chooses must not count: if the bias moves and the choice does not, nothing else may move.",
+        slips=(
+            Slip("a", "The leaky weights are normalised too, so they add up to the scale as well."),
+            Slip("b", "The leaky router chooses exactly the same experts. What differs is how much they count."),
+        ),
+        fallback='Answer with one letter, "a", "b" or "c".',
+        agrees=same_letter,
     ),
 }
