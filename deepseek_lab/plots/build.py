@@ -6,7 +6,9 @@ from pathlib import Path
 
 import matplotlib
 
+from ..accounting import MemoryState
 from .course_map import READY, course_map
+from .memory import memory_bar
 from .style import use_style
 
 
@@ -16,10 +18,14 @@ def build(folder: Path = Path("figures")) -> list[Path]:
 
     use_style()
     folder.mkdir(exist_ok=True)
+    setting = MemoryState("deepseek-v3", "fp8", "latent", 131_072, 8, "16 x H800")
+    before = MemoryState("deepseek-v3", "fp8", "expanded", 131_072, 8, "16 x H800")
+    pictures = {f"map_{number}": lambda number=number: course_map(number) for number in READY}
+    pictures["memory_bar"] = lambda: memory_bar(setting, previous=before)
     paths = []
-    for number in READY:
-        figure = course_map(number).figure
-        paths.append(folder / f"map_{number}.png")
+    for name, draw in pictures.items():
+        figure = draw().figure
+        paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=100, metadata={"Software": None})
         plt.close(figure)
     return paths
