@@ -57,6 +57,11 @@ def close(given: Any, wanted: Any) -> bool:
     return abs(float(given) - float(wanted)) <= 5e-3 * abs(float(wanted))
 
 
+def same_number(given: Any, wanted: float) -> bool:
+    """Whether two numbers are equal, however they are written: 9, 9.0 and "9" are one number."""
+    return float(given) == float(wanted)
+
+
 def same_letter(given: Any, wanted: str) -> bool:
     """Whether an answer is the wanted letter, in either case."""
     return str(given).strip().lower() == wanted

@@ -1,11 +1,12 @@
 """Exercises of notebook 00, start here."""
 
-from . import Exercise, Slip, same_letter
+from . import Exercise, Slip, same_letter, same_number
 
 EXERCISES = {
     "00.1": Exercise(
         todo="How many bytes does one token leave in DeepSeek-V3's latent cache, over all 61 layers, in BF16?",
         solution=61 * (512 + 64) * 2,
+        agrees=same_number,
         praise="61 layers, 512 + 64 values, 2 bytes each: 70,272 bytes, the figure that DeepSeek published.",
         slips=(
             Slip(61 * (512 + 64), "That counts values. A BF16 value takes two bytes."),
@@ -18,9 +19,12 @@ EXERCISES = {
     "00.2": Exercise(
         todo="How many GPUs of 80 GB are needed just to hold DeepSeek-V3's published FP8 weights (673.15 GB)?",
         solution=9,
+        agrees=same_number,
         praise="673.15 / 80 is 8.4, so nine; the cache is not even in yet, and GPUs come eight to a node.",
         slips=(
             Slip(8, "8 x 80 GB are 640 GB. Some 33 GB would be left outside: round up, not down."),
+            Slip(16, "That is what one buys, two machines of eight. How many does it take to hold the weights?"),
+            Slip(10, "That includes the cache of the picture above; here the weights stand alone."),
             Slip(17, "That holds the BF16 weights. The published ones are FP8: about one byte per parameter."),
             Slip(1, "37 B parameters are active for one token, but the next token picks others: all must be stored."),
         ),
@@ -29,6 +33,7 @@ EXERCISES = {
     "00.3": Exercise(
         todo="How many experts does one token visit on its way through DeepSeek-V3, shared ones included?",
         solution=58 * 9,
+        agrees=same_number,
         praise="58 layers have experts, and in each the token meets eight routed ones and the shared one: 522.",
         slips=(
             Slip(61 * 9, "The first three of the 61 layers are dense: they have no experts."),

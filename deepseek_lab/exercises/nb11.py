@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from . import Exercise, Slip, close, same_letter
+from . import Exercise, Slip, close, same_letter, same_number
 
 
 def _turned(pair, angle):
@@ -48,6 +48,7 @@ EXERCISES = {
         todo="How many parameters has one routed expert of DeepSeek-V3?",
         solution=3 * 7168 * 2048,
         praise="Three matrices of 7168 x 2048: 44,040,192, and DeepSeek-V3 has 256 of them in each of 58 layers.",
+        agrees=same_number,
         slips=(
             Slip(2 * 7168 * 2048, "That is a plain two-matrix network. SwiGLU has a gate beside up and down."),
             Slip(7168 * 2048, "That is one matrix; an expert has three: gate, up and down."),
@@ -61,9 +62,10 @@ EXERCISES = {
         praise="Groups 0 and 2 stay, and expert 1 with its -0.1 is the third best inside them.",
         slips=(
             Slip({0, 4, 5}, "Both are below zero, but -0.1 is more than -0.2: compare experts 1 and 5 again."),
-            Slip({0, 4, 2}, "Expert 2 is in group 1, which was dropped. Did you fill dropped experts with 0?"),
+            Slip({0, 4, 2}, "Expert 2 is in group 1, which was dropped. Did you skip the groups, or fill with 0?"),
             Slip({0, 4, 3}, "Expert 3 is in group 1, which was dropped. Did you fill dropped experts with 0?"),
             Slip({0, 4, 6}, "Expert 6 is in group 3, which was dropped. Did you fill dropped experts with 0?"),
+            Slip({0, 4, 7}, "Expert 7 is in group 3, which was dropped. Did you fill dropped experts with 0?"),
         ),
         fallback="Add the two scores of each group, keep the two best groups, then take the best three experts.",
         agrees=lambda given, wanted: set(given) == wanted,
@@ -77,6 +79,7 @@ EXERCISES = {
             Slip(16 * (192 + 128) / 512, "The rope key is cached too: 512 + 64 values."),
             Slip(16 * 2 * 128 / (512 + 64), "A key has 128 values without and 64 with position: 192 in all."),
             Slip((512 + 64) / (16 * (192 + 128)), "That is the inverse: how large the latent cache is, not how small."),
+            Slip(0.11, "That is the inverse: how large the latent cache is, not how small."),
         ),
         fallback="Expanded: heads x (key width + value width). Latent: latent + rope key. Divide.",
         agrees=close,

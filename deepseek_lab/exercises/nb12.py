@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from . import Exercise, Slip, close, same_letter
+from . import Exercise, Slip, close, same_letter, same_number
 
 EXERCISES = {
     "12.1": Exercise(
@@ -22,6 +22,7 @@ EXERCISES = {
     "12.2": Exercise(
         todo="How many GPUs of 80 GB hold the 15.7 B weights of V2-Lite, their gradients and moments, in FP32?",
         solution=4,
+        agrees=same_number,
         praise="16 bytes per parameter make 251 GB, 3.14 GPUs, so four; using the model needs a quarter of that.",
         slips=(
             Slip(1, "That holds the weights alone, 63 GB. Gradients and two moments come on top."),
@@ -36,11 +37,12 @@ EXERCISES = {
         praise="0.0068: the means remember the first gradient, so the weight moves on without a new one.",
         slips=(
             Slip(0.0, "The gradient is zero, but the means m and v still remember the one before."),
+            Slip(0.0168, "That is both steps together; only the second is asked for."),
             Slip(0.01, "That is the first step. Now both means have faded, m faster than the root of v."),
             Slip(0.01 * 0.09 / math.sqrt(0.0475), "The bias correction is missing: divide m by 0.19 and v by 0.0975."),
         ),
         fallback="Write down m and v after both steps, correct both by 1 - beta^2, then take m over the root of v.",
-        agrees=lambda given, wanted: abs(abs(float(given)) - wanted) <= 0.01 * wanted,
+        agrees=lambda given, wanted: abs(abs(float(given)) - wanted) <= 0.03 * wanted,
     ),
     "12.4": Exercise(
         todo='Which check catches the forgotten balance loss? Reply "a", "b" or "c".',

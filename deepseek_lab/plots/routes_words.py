@@ -51,7 +51,7 @@ def bias_note(at) -> str:
     if not at.bias.any():
         return ""
     mean = f"{round(at.shared_bias, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")
-    return f"Bias is drawn from its mean in this layer, {mean}: what all experts share changes no choice."
+    return f"Biases are shown less their mean in this layer, {mean}: what all share changes no choice."
 
 
 def _instead(chosen, other) -> str:
