@@ -110,7 +110,8 @@ def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
     x: [..., token, rotary_dim]; turns: [token, rotary_dim / 2] complex64. A pair is read as one complex number, so a
     turn is a multiplication. Returns the shape and dtype of x.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    own = x.float().unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)  # a view may begin amid a pair
+    pairs = torch.view_as_complex(own)
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 

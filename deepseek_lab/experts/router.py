@@ -35,6 +35,14 @@ class Router(nn.Module):
         if config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
+    def _apply(self, function, recurse=True):
+        """Move the layer as torch does, but leave the correction bias in float32: a step of 0.001 is lost in BF16."""
+        bias = self._buffers.get("e_score_correction_bias")
+        super()._apply(function, recurse)
+        if bias is not None and self.e_score_correction_bias.dtype != bias.dtype:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
     def forward(self, x: Tensor) -> Routing:
         c = self.config
         logits = F.linear(

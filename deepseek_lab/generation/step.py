@@ -42,22 +42,18 @@ class ModelStep:
         with torch.inference_mode():
             return self._model(tokens[:, None], caches)[:, -1]
 
-    def is_current(self) -> bool:
-        return True
-
 
 class CompiledStep:
     """The same as `ModelStep` within float32 rounding, by compiled kernels; sums run in another order.
 
-    It holds views on the weights, no copies: a training step in place shows at once, and no memory is taken. Once a
-    weight has moved (`model.to(...)`, `weight.data = ...`), `is_current()` is False and the step must be made anew.
+    It holds views on the weights, no copies: a training step in place shows at once, and no memory is taken. Once the
+    model itself was changed (`model.to(...)`, a weight or a module replaced) the step must be made anew.
     Among experts with equal scores it takes the lower index, where torch leaves open which one comes first.
     Raises Unsupported where it cannot stand in for the model.
     """
 
     def __init__(self, model: Transformer, kernels: ModuleType):
         self._model, self._kernels = _expect(model, Transformer), kernels
-        self._watched: list[tuple[Tensor, int]] = []
         c = model.config
         self._embedding = self._array(_expect(model.embed_tokens, nn.Embedding).weight, c.vocab_size, c.hidden_size)
         layers = [_expect(layer, Layer) for layer in model.layers]
@@ -79,10 +75,6 @@ class CompiledStep:
         for cache in caches:  # only now: an interrupted step leaves no layer a token ahead of another
             cache.length = length + 1
         return logits
-
-    def is_current(self) -> bool:
-        """Whether every weight still lies where it was when this step was made."""
-        return all(tensor.data_ptr() == place for tensor, place in self._watched)
 
     # What a kernel may not be given wrong, because it does not check -----------------------------------------------
 
@@ -116,7 +108,6 @@ class CompiledStep:
             raise Unsupported
         if tuple(tensor.shape) != shape or not tensor.is_contiguous():
             raise Unsupported
-        self._watched.append((tensor, tensor.data_ptr()))
         return tensor.detach().numpy()
 
     def _weight(self, linear: nn.Linear, rows: int, columns: int) -> np.ndarray:

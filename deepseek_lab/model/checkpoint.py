@@ -6,47 +6,50 @@ read, and a model is returned whole or not at all.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import ModelConfig
 from ..precision import BLOCK, BlockScaled, quantize_blocks
 from .files import json_writer, write_whole
-from .layout import Place, is_skipped, published_layout
+from .headers import INDEX, SCALE_SUFFIX, SINGLE, check_names, check_quantization, check_sizes, headers, opened
+from .layout import check_whole, published_layout
 from .transformer import Transformer
 
-SCALE_SUFFIX = "_scale_inv"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+LOADABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
-def load_hf(directory: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+def load_hf(directory: str | Path, dtype: torch.dtype | str = torch.float32) -> Transformer:
     """Return the model stored in a directory, in `dtype`, in evaluation mode.
 
     FP8 tensors are multiplied by their `weight_scale_inv` blocks. Tensors of multi-token prediction modules are passed
     over. Raises ValueError, naming file and tensor, for a missing config, an unknown architecture or quantisation, a
     missing, extra or misshapen tensor, a damaged file, or a pickle.
     """
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in LOADABLE:
+        raise ValueError(f"load_hf got dtype={dtype!r}; choose 'fp32', 'bf16' or one of {LOADABLE}")
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; load_hf reads a directory with config.json and safetensors")
     config = ModelConfig.from_hf(directory)
-    _check_quantization(directory)
+    check_quantization(directory)
+    found = headers(directory)
+    check_sizes(directory, config, found)
     places = published_layout(config)
-    found = _headers(directory)
-    _check_names(directory, config, places, found)
+    check_names(directory, config, places, found)
     with torch.device("meta"):
         model = Transformer(config)
     state = {name: torch.empty(t.shape, dtype=_kept_dtype(name, dtype)) for name, t in model.state_dict().items()}
     for file in sorted({file for file, _, _ in found.values()}):
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for name, place in places.items():
                 if found[name][0] == file:
                     state[place.name][place.index] = _read(tensors, name, found)
@@ -66,6 +69,7 @@ def save_hf(model: Transformer, directory: str | Path, dtype: str = "fp32", max_
     """
     if dtype not in DTYPES:
         raise ValueError(f"save_hf got dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
+    check_whole(model)
     directory = Path(directory)
     shards: list[dict[str, Tensor]] = [{}]
     for tensors in _published_tensors(model, dtype):
@@ -94,98 +98,12 @@ def save_hf(model: Transformer, directory: str | Path, dtype: str = "fp32", max_
     writers["config.json"] = json_writer(config)
     write_whole(directory, writers)
     keep = {*names, *([INDEX] if len(shards) > 1 else [])}
-    for old in [*directory.glob("model*.safetensors"), directory / INDEX]:
-        if old.name not in keep:
-            old.unlink(missing_ok=True)
+    for old in directory.iterdir():  # what an earlier save left, and nothing else
+        if old.name not in keep and (old.name in (SINGLE, INDEX) or SHARD.fullmatch(old.name)):
+            old.unlink()
 
 
 # Reading -----------------------------------------------------------------------------------------------------------
-
-
-def _check_quantization(directory: Path) -> None:
-    quantization = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if quantization is None:
-        return
-    if not isinstance(quantization, dict):
-        raise ValueError(f"{directory / 'config.json'}: quantization_config={quantization!r} is not an object")
-    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3" or block != [BLOCK, BLOCK]:
-        raise ValueError(f"{directory / 'config.json'}: quantization_config {method!r} with weight_block_size={block} "
-                         f"is not known; this library reads fp8 e4m3 in blocks of [{BLOCK}, {BLOCK}]")  # fmt: skip
-
-
-def _files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is damaged ({error!r}); copy the file again") from error
-        odd = sorted(
-            str(n) for n in names if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors")
-        )
-        if odd:
-            raise ValueError(f"{index} points to {odd[0]!r}; a shard is a .safetensors file in the same directory")
-        files = [directory / name for name in sorted(names)]
-    else:
-        files = [directory / SINGLE]
-    missing = [file for file in files if not file.is_file()]
-    if not missing:
-        return files
-    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
-    if pickles:
-        raise ValueError(f"{directory} has {pickles[0]} but no {missing[0].name}: a pickle can run code when opened, "
-                         "so only safetensors are read; convert it where you trust it")  # fmt: skip
-    raise ValueError(f"{missing[0]} does not exist; the directory needs {SINGLE}, or {INDEX} and every shard it names")
-
-
-def _opened(file: Path):
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}); copy it again") from error
-
-
-def _headers(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """Return {tensor name: (file, shape, dtype)} of every file, reading headers only."""
-    found = {}
-    for file in _files(directory):
-        with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (a safetensors file is not a dict)
-                if name in found:
-                    raise ValueError(
-                        f"{name} stands in {found[name][0].name} and in {file.name}; a tensor has one place"
-                    )
-                view = tensors.get_slice(name)
-                found[name] = (file, tuple(view.get_shape()), view.get_dtype())
-    return found
-
-
-def _check_names(directory: Path, config: ModelConfig, places: dict[str, Place], found: dict) -> None:
-    for name, place in places.items():
-        if name not in found:
-            raise ValueError(f"{directory}: tensor {name} {list(place.shape)} is missing; the files belong to another "
-                             "config, or a shard is incomplete")  # fmt: skip
-        file, shape, kind = found[name]
-        if shape != place.shape:
-            raise ValueError(f"{file}: tensor {name} has shape {list(shape)}, the config asks for {list(place.shape)}")
-        scale = name + SCALE_SUFFIX
-        if kind == "F8_E4M3" and scale not in found:
-            raise ValueError(f"{file}: tensor {name} is FP8 but {scale} is missing; codes mean nothing without scales")
-        if kind == "F8_E4M3" and len(shape) != 2:
-            raise ValueError(f"{file}: tensor {name} is FP8 of shape {list(shape)}; only matrices have blocks of codes")
-        if kind == "F8_E4M3":
-            blocks = tuple(-(-size // BLOCK) for size in shape)
-            if found[scale][1] != blocks:
-                raise ValueError(f"{found[scale][0]}: tensor {scale} has shape {list(found[scale][1])}, expected "
-                                 f"{list(blocks)}, one scale per {BLOCK} x {BLOCK} block")  # fmt: skip
-        if kind not in ("F8_E4M3", "F32", "BF16", "F16", "F64"):
-            raise ValueError(f"{file}: tensor {name} has dtype {kind}; expected F32, BF16, F16 or F8_E4M3")
-    scales = {name + SCALE_SUFFIX for name in places if found[name][2] == "F8_E4M3"}
-    extra = sorted(name for name in found if name not in places and name not in scales and not is_skipped(name, config))
-    if extra:
-        raise ValueError(f"{found[extra[0]][0]}: tensor {extra[0]} is not part of this config"
-                         f"{f' (nor are {len(extra) - 1} more)' if len(extra) > 1 else ''}")  # fmt: skip
 
 
 def _read(tensors, name: str, found: dict) -> Tensor:
@@ -193,7 +111,7 @@ def _read(tensors, name: str, found: dict) -> Tensor:
     if tensor.dtype != torch.float8_e4m3fn:
         return tensor
     file = found[name + SCALE_SUFFIX][0]
-    with _opened(file) as other:
+    with opened(file) as other:
         return BlockScaled(tensor, other.get_tensor(name + SCALE_SUFFIX)).dequantize()
 
 

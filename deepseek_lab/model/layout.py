@@ -54,6 +54,20 @@ def _expert_places(name: str, shape: tuple[int, ...], config: ModelConfig):
             yield f"model.{prefix}.{expert}.{part}.weight", Place(name, (expert, rows), size, True)
 
 
+def check_whole(model: Transformer) -> None:
+    """Raise ValueError where a model holds something that its config does not name: a file would lose it."""
+    with torch.device("meta"):
+        wanted = {name: tuple(t.shape) for name, t in Transformer(model.config).state_dict().items()}
+    held = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    odd = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
+    if odd:
+        raise ValueError(f"{odd[0]} has shape {held.get(odd[0])} in the model and {wanted.get(odd[0])} by its config; "
+                         "a file written by the config would lose that, so change the config too")  # fmt: skip
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.embed_tokens.weight:
+        raise ValueError("tie_word_embeddings is set but head and embedding differ; use config.replace("
+                         "tie_word_embeddings=False) to keep both")  # fmt: skip
+
+
 def is_skipped(name: str, config: ModelConfig) -> bool:
     """Whether a tensor is known but not part of this model: prediction modules, or stored rope frequencies."""
     modules = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)

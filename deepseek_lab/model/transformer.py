@@ -87,3 +87,6 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"model got {len(caches)} caches for {len(self.layers)} layers; use model.new_caches(batch)"
             )
+        if caches and (len({id(c) for c in caches}) < len(caches) or len({c.length for c in caches}) > 1):
+            raise ValueError(f"caches hold {[c.length for c in caches]} tokens, or one serves two layers; every layer "
+                             "needs its own, all equally long: make new ones with model.new_caches(batch)")  # fmt: skip

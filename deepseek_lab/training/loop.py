@@ -66,23 +66,41 @@ def train(
 
     Raises ValueError when the loss is not a number, naming the step, and when the file belongs to another run.
     """
+    _check_run(checkpoint, checkpoint_every)
     optimizer = make_optimizer(model, recipe)
     start = load_state(checkpoint, model, optimizer, recipe, batches) if resume else 0
-    done = start
+    done = saved = start
+    model.run = run = object()  # whoever starts later takes the model over
     model.train()
     try:
         for step in tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, disable=not progress):
+            if model.run is not run:
+                raise ValueError("another train() has begun on this model since; go on with that one, or start anew")
             with _interrupts_wait() as interrupts:
                 record = _step(model, batches, optimizer, recipe, step)
                 done = step + 1
                 if checkpoint is not None and done % checkpoint_every == 0 and done < recipe.steps:
                     save_state(checkpoint, model, optimizer, recipe, batches, done)
+                    saved = done
             yield record
+    except Exception:
+        if saved:  # the weights may be what went wrong: better a file of an earlier step than one that cannot go on
+            done = start
+        raise
     finally:
         model.eval()
-        # After a second Ctrl-C the last step may be half taken: then the file stays as it was.
-        if checkpoint is not None and done > start and len(interrupts) < 2:
+        # After a second Ctrl-C the last step may be half taken: then too the file stays as it was.
+        if checkpoint is not None and done > start and len(interrupts) < 2 and model.run is run:
             save_state(checkpoint, model, optimizer, recipe, batches, done)
+
+
+def _check_run(checkpoint: str | Path | None, checkpoint_every: int) -> None:
+    if not torch.is_grad_enabled():
+        raise ValueError("train() was called inside torch.no_grad(); call it outside, it needs gradients")
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        raise ValueError(f"checkpoint={str(checkpoint)!r} is a directory; name a file in it, such as run.safetensors")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every={checkpoint_every}; choose 1 or more steps between two checkpoints")
 
 
 def _step(model: Transformer, batches: Batches, optimizer, recipe: Recipe, step: int) -> StepRecord:
@@ -129,6 +147,8 @@ def rebalance(model: Transformer, speed: float) -> Tensor:
 @torch.inference_mode()
 def evaluate(model: Transformer, tokens: Tensor, length: int = 256, batch: int = 16) -> float:
     """Return the mean loss in nats per token over a text [token], read in neighbouring stretches of `length`."""
+    if length < 1 or batch < 1:
+        raise ValueError(f"evaluate got length={length}, batch={batch}; both are at least 1")
     windows = (len(tokens) - 1) // length
     if windows < 1:
         raise ValueError(f"evaluate got {len(tokens)} tokens; at least length + 1 = {length + 1} are needed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -28,14 +29,18 @@ class Recipe:
     balance_speed: float = 0.01
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"Recipe got steps={self.steps}; a run has at least one step")
+        if type(self.steps) is not int or self.steps < 1:
+            raise ValueError(f"Recipe got steps={self.steps!r}; a run has a whole number of steps, at least one")
+        for name, value in dataclasses.asdict(self).items():
+            if not all(math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"Recipe got {name}={value}; every setting is a finite number")
         if not 0 <= self.final_learning_rate <= self.learning_rate:
             raise ValueError(f"final_learning_rate={self.final_learning_rate} is not between 0 and learning_rate="
                              f"{self.learning_rate}; the rate falls during a run")  # fmt: skip
-        if self.warmup_steps < 0 or self.clip_norm <= 0 or self.balance_speed < 0:
-            raise ValueError(f"Recipe got warmup_steps={self.warmup_steps}, clip_norm={self.clip_norm}, balance_speed="
-                             f"{self.balance_speed}; they are >= 0, > 0 and >= 0")  # fmt: skip
+        if min(self.warmup_steps, self.balance_speed, self.weight_decay) < 0 or self.clip_norm <= 0:
+            raise ValueError(f"Recipe got warmup_steps={self.warmup_steps}, balance_speed={self.balance_speed}, "
+                             f"weight_decay={self.weight_decay}, clip_norm={self.clip_norm}; none is negative, and "
+                             "clip_norm is above 0")  # fmt: skip
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: linear over `warmup_steps`, then a cosine to `final_learning_rate`."""

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from ..data import Batches
 from ..model import Transformer
 from ..model.files import write_whole
+from ..model.layout import check_whole
 from .optimizer import Recipe
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -34,6 +35,7 @@ def _run_identity(model: Transformer, recipe: Recipe, batches: Batches) -> dict[
 def save_state(path: str | Path, model: Transformer, optimizer, recipe: Recipe, batches: Batches, done: int) -> None:
     """Write the run after `done` steps; the file is replaced whole or not at all."""
     path = Path(path)
+    check_whole(model)
     tensors = {f"model.{name}": t.detach().contiguous() for name, t in _unshared(model).items()}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
@@ -61,7 +63,11 @@ def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: R
             raise ValueError(
                 f"{path} was written by a run with another {key}: {metadata.get(key)}; this one has {value}"
             )
-    parameters = dict(model.named_parameters())
+    if not str(metadata.get("done")).isdecimal() or not 0 < int(metadata["done"]) <= recipe.steps:
+        raise ValueError(
+            f"{path} says it has done {metadata.get('done')} of {recipe.steps} steps; use another checkpoint"
+        )
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     expected = {f"model.{name}" for name in _unshared(model)} | {f"{k}.{name}" for k in MOMENTS for name in parameters}
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
@@ -69,9 +75,11 @@ def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: R
     weights = _unshared(model)
     for name, tensor in tensors.items():
         kind, place = name.split(".", 1)
-        shape = weights[place].shape if kind != "step" else torch.Size()
-        if tensor.shape != shape:
-            raise ValueError(f"{path}: tensor {name} has shape {list(tensor.shape)}, this run needs {list(shape)}")
+        shape, dtype = weights[place].shape, weights[place].dtype
+        shape, dtype = (torch.Size(), torch.float32) if kind == "step" else (shape, dtype)
+        if (tensor.shape, tensor.dtype) != (shape, dtype):
+            raise ValueError(f"{path}: tensor {name} is {tensor.dtype} of shape {list(tensor.shape)}, this run needs "
+                             f"{dtype} of shape {list(shape)}")  # fmt: skip
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(tensors[f"model.{name}"])
