@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,11 +11,13 @@ if TYPE_CHECKING:
 
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "llama", "qwen2")
 DENSE_TYPES = ("llama", "qwen2")
+LARGEST_SIZE = 2**31
 
 
 def check_config(c: ModelConfig) -> None:
     """Raise ValueError where a model of this shape cannot be built."""
     _check_sizes(c)
+    _check_rope(c)
     _check_attention(c)
     if c.n_routed_experts:
         _check_experts(c)
@@ -28,7 +30,7 @@ def check_rope_scaling(s: RopeScaling) -> None:
     for field in dataclasses.fields(s)[1:]:
         value = getattr(s, field.name)
         absent = value is None or (value == 0 and "mscale" in field.name)  # some files write 0 for none
-        if not absent and not _is_positive(value):
+        if not absent and not is_positive(value):
             raise ValueError(f"rope_scaling.{field.name}={value!r} is not a number above 0")
     if s.factor < 1:
         raise ValueError(f"rope_scaling.factor={s.factor} shrinks the context; choose a factor >= 1")
@@ -37,8 +39,8 @@ def check_rope_scaling(s: RopeScaling) -> None:
             raise ValueError(f"rope_scaling.{low}={getattr(s, low)} is not below {high}={getattr(s, high)}")
 
 
-def _is_positive(value) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+def is_positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def _check_sizes(c: ModelConfig) -> None:
@@ -53,12 +55,26 @@ def _check_sizes(c: ModelConfig) -> None:
         if value is None and kind != field.type:
             continue
         least = 0 if field.default in (0, None) else 1
-        if kind == "int" and (type(value) is not int or value < least):
-            raise ValueError(f"{name}={value!r} is not a size; choose a whole number >= {least}")
-        if kind == "float" and not _is_positive(value):
+        if kind == "int" and (type(value) is not int or not least <= value <= LARGEST_SIZE):
+            raise ValueError(f"{name}={value!r} is not a size; choose a whole number from {least} to {LARGEST_SIZE}")
+        if kind == "float" and not is_positive(value):
             raise ValueError(f"{name}={value!r} is not a number above 0")
         if kind == "bool" and type(value) is not bool:
             raise ValueError(f"{name}={value!r} is neither True nor False")
+
+
+def _check_rope(c: ModelConfig) -> None:
+    from .config import RopeScaling
+
+    s = c.rope_scaling
+    if s is None:
+        return
+    if not isinstance(s, RopeScaling):
+        raise ValueError(f"rope_scaling={s!r} is a {type(s).__name__}; give a RopeScaling('yarn', factor=..., ...), or "
+                         "read the dict of a published file with ModelConfig.from_hf")  # fmt: skip
+    if s.rope_type == "yarn" and c.rope_theta <= 1:
+        raise ValueError(f"rope_theta={c.rope_theta} with rope_scaling of type 'yarn', which divides by its logarithm; "
+                         "choose a rope_theta above 1, such as 10000.0")  # fmt: skip
 
 
 def _check_attention(c: ModelConfig) -> None:
@@ -104,6 +120,6 @@ def _check_experts(c: ModelConfig) -> None:
     if c.topk_group * size < k:
         raise ValueError(f"topk_group={c.topk_group} groups of {size} experts cannot supply num_experts_per_tok={k}; "
                          "keep more groups")  # fmt: skip
-    if c.topk_method == "noaux_tc" and size < 2:
+    if c.topk_method == "noaux_tc" and size < 2 and c.topk_group < c.n_group:
         raise ValueError(f"n_group={c.n_group} leaves one expert per group, but a group's score is the sum of its two "
-                         f"best; choose n_group <= {n // 2}")  # fmt: skip
+                         f"best; choose n_group <= {n // 2}, or topk_group={c.n_group}")  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .config import ModelConfig, RopeScaling
-from .config_checks import DENSE_TYPES, MODEL_TYPES
+from .config_checks import DENSE_TYPES, MODEL_TYPES, is_positive
 
 FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
 LATENT_AND_EXPERT_FIELDS = {
@@ -59,10 +59,10 @@ def read_config(source: Mapping | str | Path) -> dict:
     missing = [key for key in SIZES if raw.get(key) is None]
     if missing:
         raise ValueError(f"the config of a {kind} lacks {', '.join(missing)}; a published config.json has them")
-    rope = raw.get("rope_parameters") or {}
+    rope = _mapping(raw, "rope_parameters")
     values = {**DEFAULTS[kind], **{k: v for k, v in raw.items() if k in FIELDS and v is not None}}
-    values["rope_theta"] = float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0)
-    values["rope_scaling"] = _rope_scaling(raw.get("rope_scaling") or rope)
+    values["rope_theta"] = _rope_theta(raw, rope)
+    values["rope_scaling"] = _rope_scaling(_mapping(raw, "rope_scaling") or rope)
     if kind in DENSE_TYPES:
         values = {k: v for k, v in values.items() if k not in LATENT_AND_EXPERT_FIELDS}
     else:
@@ -95,11 +95,25 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{path} does not exist; a model directory needs a config.json beside its weights")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a JSON {type(raw).__name__}; a config is an object with named fields")
     return raw
+
+
+def _mapping(raw: Mapping, key: str) -> Mapping:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{key}={value!r} is a {type(value).__name__}; expected an object with named fields, or null")
+    return value or {}
+
+
+def _rope_theta(raw: Mapping, rope: Mapping) -> float:
+    theta = next((v for v in (raw.get("rope_theta"), rope.get("rope_theta")) if v is not None), 10000.0)
+    if not is_positive(theta):
+        raise ValueError(f"rope_theta={theta!r} is not a number above 0; a published config has 10000.0 or more")
+    return float(theta)
 
 
 def _rope_scaling(raw: Mapping) -> RopeScaling | None:

@@ -37,8 +37,9 @@ def normalise(notebook, stem: str):
     notebook.metadata = from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     count = 0
+    word = re.sub(r"[^a-zA-Z0-9_-]", "-", stem)[:60]  # an id holds no other characters
     for index, cell in enumerate(notebook.cells):
-        cell.id = f"{stem[:60]}-{index:03d}"
+        cell.id = f"{word}-{index:03d}"
         tags = cell.metadata.get("tags")
         cell.metadata = from_dict({"tags": tags} if tags else {})
         if cell.cell_type != "code":

@@ -62,11 +62,11 @@ def format_flops(amount: float, digits: int = 1) -> str:
 def format_seconds(seconds: float, digits: int = 1) -> str:
     """Return a duration as text: "120.9 µs", "14.8 ms", "19.9 s", "3 min 20 s", "5.5 h", "54.3 days"."""
     size = abs(_finite(seconds))
-    if size >= 2 * 86_400:
+    if round(size / 3_600, digits) >= 48:
         return f"{seconds / 86_400:,.{digits}f} days"
-    if size >= 3_600:
+    if round(size) >= 3_600:
         return f"{seconds / 3_600:,.{digits}f} h"
-    if size >= 59.95:
+    if round(size, digits) >= 60:
         sign, whole = "-" if seconds < 0 else "", round(size)
         return f"{sign}{whole // 60} min {whole % 60} s"
     return "0 s" if size == 0 else " ".join(_scaled(seconds, _SHORT_TIMES, digits))
@@ -92,7 +92,7 @@ def _family(family: str) -> tuple[tuple[str, int], ...]:
 def _scaled(amount: float, units: tuple[tuple[str, float], ...], digits: int) -> tuple[str, str]:
     """Return (number, unit) in the largest unit that leaves at least 1; 1,023.99 MiB goes on as 1.0 GiB."""
     size, i = abs(_finite(amount)), 0
-    while i + 1 < len(units) and round(size / units[i][1], digits) >= units[i + 1][1] / units[i][1]:
+    while i + 1 < len(units) and round(size / units[i][1], digits) >= round(units[i + 1][1] / units[i][1]):
         i += 1
     name, unit = units[i]
     value = amount / unit

@@ -113,8 +113,7 @@ IMPOSSIBLE = [
     (V3, dict(topk_group=0), "topk_group=0"),
     (V3, dict(n_group=0), "n_group=0"),
     (V3, dict(n_group=64, topk_group=1), "topk_group=1 groups of 4 experts cannot supply num_experts_per_tok=8"),
-    (V3, dict(n_group=256, topk_group=256), "n_group=256 leaves one expert per group"),
-    (V3, dict(n_routed_experts=1, n_group=1, topk_group=1, num_experts_per_tok=1), "n_group=1 leaves one expert"),
+    (V3, dict(n_group=256, topk_group=128), "n_group=256 leaves one expert per group"),
     (V3, dict(scoring_func="tanh"), "scoring_func='tanh'"),
     (V3, dict(topk_method="best"), "topk_method='best'"),
     (V3, dict(first_k_dense_replace=62), "first_k_dense_replace=62"),
@@ -137,6 +136,10 @@ IMPOSSIBLE = [
     (LITE, dict(num_experts_per_tok=65), "num_experts_per_tok=65"),
     (TINY, dict(hidden_size=0), "hidden_size=0"),
     (TINY, dict(num_hidden_layers=-1), "num_hidden_layers=-1"),
+    (TINY, dict(hidden_size=2**31 + 1), "hidden_size=2147483649 is not a size; choose a whole number from 1 to"),
+    (TINY, dict(rope_theta=10**400), "rope_theta=1000"),
+    (TINY, dict(rope_scaling=V3.to_hf()["rope_scaling"]), "is a dict; give a RopeScaling('yarn', factor=..., ...), or"),
+    (V3, dict(rope_theta=1.0), "rope_theta=1.0 with rope_scaling of type 'yarn'"),
     (TINY, dict(vocab_size=2.0), "vocab_size=2.0"),
     (TINY, dict(vocab_size="260"), "vocab_size='260'"),
     (TINY, dict(num_attention_heads=True), "num_attention_heads=True"),
@@ -193,3 +196,39 @@ def test_derived_sizes_are_the_published_ones():
     assert LLAMA.replace(head_dim=96).value_head_dim == 96
     with pytest.raises(ValueError, match="latent_width needs kv_lora_rank"):
         _ = LLAMA.latent_width
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("value", ["yarn", [], [4.0], 4.0, False], ids=repr)
+def test_rope_settings_that_are_no_object_are_refused_by_key_and_value(key, value):
+    with pytest.raises(ValueError) as caught:
+        ModelConfig.from_hf({**V3.to_hf(), key: value})
+    assert f"{key}={value!r} is a {type(value).__name__}; expected an object" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["abc", "10000", [1], True, False, 0, -1.0, 10**400], ids=lambda v: repr(v)[:9])
+def test_a_rope_base_that_is_no_number_above_zero_is_refused(value):
+    flat = {**TINY.to_hf(), "rope_theta": value}
+    nested = {**TINY.to_hf(), "rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": value}}
+    for raw in (flat, nested):
+        with pytest.raises(ValueError) as caught:
+            ModelConfig.from_hf(raw)
+        assert f"rope_theta={value!r} is not a number above 0" in str(caught.value)
+
+
+def test_a_file_without_a_rope_base_has_the_usual_one():
+    raw = {**TINY.to_hf(), "rope_theta": None}
+    assert ModelConfig.from_hf(raw).rope_theta == 10000.0
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, '{"vocab_size": ' + "9" * 5000 + "}"])
+def test_json_that_python_cannot_hold_is_refused_by_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        ModelConfig.from_hf(tmp_path)
+
+
+def test_one_expert_per_group_is_allowed_where_every_group_is_kept():
+    one = V3.replace(n_routed_experts=1, n_group=1, topk_group=1, num_experts_per_tok=1)
+    assert one.n_routed_experts == 1
+    assert V3.replace(n_group=256, topk_group=256).n_group == 256

@@ -1,5 +1,6 @@
 """deepseek_lab.notebook: set-up, the canonical form, and that each kind of mistake in a notebook is found."""
 
+import os
 import random
 
 import nbformat
@@ -56,11 +57,30 @@ def test_setup_sets_the_threads_only_when_asked():
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [({"seed": -1}, "seed=-1"), ({"seed": 2**32}, "2..32"), ({"threads": 0}, "threads=0")],
+    [
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "2..32"),
+        ({"threads": 0}, "threads=0"),
+        ({"threads": 4 * os.cpu_count() + 1}, r"threads=\d+ is far more .* choose at most \d+, or None"),
+    ],
 )
 def test_setup_refuses_what_cannot_be(wrong, says):
     with pytest.raises(ValueError, match=says):
         setup(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"seed": None}, {"seed": 1.5}, {"seed": "1"}, {"threads": 2.0}])
+def test_setup_says_that_it_wants_a_whole_number(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(TypeError, match=f"{name}={value!r} is a .*; choose a whole number, such as {name}=1"):
+        setup(**wrong)
+
+
+def test_setup_takes_the_whole_numbers_of_numpy():
+    setup(seed=numpy.int64(3))
+    first = random.random()
+    setup(seed=3)
+    assert random.random() == first
 
 
 def test_a_right_notebook_has_no_problem(tmp_path):
@@ -145,3 +165,60 @@ def test_a_notebook_runs_in_its_own_folder(tmp_path):
     (tmp_path / "beside.txt").touch()
     notebook = execute(new_notebook(cells=[cell]), tmp_path)
     assert notebook.cells[0].outputs[0]["data"]["text/plain"] == "True"
+
+
+def test_a_full_disk_while_writing_leaves_the_notebook_whole(tmp_path, monkeypatch):
+    path = stored(tmp_path, code("1 + 1", shown("2")))
+    before = path.read_bytes()
+
+    def half(notebook, target, *_):
+        with open(target, "w") as file:
+            file.write("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nbformat, "write", half)
+    with pytest.raises(OSError, match="No space left"):
+        main(["format", str(path)])
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["page.ipynb"]
+
+
+def test_a_formatted_notebook_keeps_its_permissions_and_its_link(tmp_path):
+    path = stored(tmp_path, code("1 + 1", shown("2")))
+    path.chmod(0o640)
+    link = tmp_path / "link.ipynb"
+    link.symlink_to(path)
+    assert main(["format", str(path)]) == 0
+    assert path.stat().st_mode & 0o777 == 0o640
+    main(["format", str(link)])
+    assert link.is_symlink() and b"link-000" in path.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_any_file_name_gives_valid_cell_ids(tmp_path):
+    path = stored(tmp_path, code("1 + 1", shown("2"))).rename(tmp_path / "mein erstes Übungs.heft v1.2.ipynb")
+    assert main(["format", str(path)]) == 0
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.cells[0].id == "mein-erstes--bungs-heft-v1-2-000"
+
+
+@pytest.mark.parametrize("action", ["run", "check", "format"])
+def test_no_notebook_at_all_is_an_error_that_says_where_to_go(tmp_path, monkeypatch, capsys, action):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main([action])
+    assert stopped.value.code == 2
+    assert "no notebooks/*.ipynb" in (said := capsys.readouterr().err) and "root of the course" in said
+
+
+def test_a_path_that_is_no_file_is_named_before_anything_is_written(tmp_path, capsys):
+    path = stored(tmp_path, code("1 + 1", shown("2")))
+    path.write_bytes(path.read_bytes() + b"\n")
+    before = path.read_bytes()
+    for wrong, says in ((tmp_path / "missing.ipynb", "is not there"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["format", str(path), str(wrong)])
+        assert stopped.value.code == 2
+        assert f"{wrong} {says}; name the .ipynb files" in capsys.readouterr().err
+    assert path.read_bytes() == before

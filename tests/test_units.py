@@ -39,6 +39,11 @@ def test_a_number_that_rounds_up_to_the_next_unit_is_written_in_it():
     assert format_bytes(GIB - 1) == "1.0 GiB"
     assert format_bytes(GB - 1, "GB") == "1.0 GB"
     assert format_count(999_999) == "1.0 M"
+    assert (format_count(999.94), format_count(999.95)) == ("999.9", "1.0 K")
+    assert (format_flops(999_949), format_flops(999_950)) == ("999.9 KFLOP", "1.0 MFLOP")
+    assert (format_bytes(1023.94), format_bytes(1023.95)) == ("1,023.9 bytes", "1.0 KiB")
+    assert (format_dollars(999.994), format_dollars(999.995)) == ("$999.99", "$1,000")
+    assert (format_dollars(999_999.4), format_dollars(999_999.5)) == ("$999,999", "$1.000 M")
 
 
 def test_no_digits_do_not_promote_a_number_to_a_unit_that_it_has_not_reached():
@@ -82,10 +87,23 @@ def test_counts_and_operations_are_in_thousands():
         (-200, "-3 min 20 s"),
         (5.5 * 3600, "5.5 h"),
         (54.25 * 86_400, "54.2 days"),
+        (1e-3, "1.0 ms"),
+        (1e-6, "1.0 µs"),
+        (999.95e-6, "1.0 ms"),
+        (999.94e-6, "999.9 µs"),
+        (59.94, "59.9 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.7, "1.0 h"),
+        (47.94 * 3600, "47.9 h"),
+        (47.96 * 3600, "2.0 days"),
     ],
 )
 def test_durations_are_said_in_the_unit_one_would_use(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_a_duration_is_rounded_before_its_unit_is_chosen_whatever_the_digits():
+    assert (format_seconds(59.7, 0), format_seconds(59.97, 2)) == ("1 min 0 s", "59.97 s")
 
 
 def test_dollars_keep_cents_while_cents_matter():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from deepseek_lab.config import ModelConfig
 
 from .ledger import Ledger, Line, grow
-from .shapes import Weight, model_weights
+from .shapes import Weight, model_weights, refuse_other_than_config
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 LAYOUTS = ("expanded", "grouped", "latent", "latent_fp8")
@@ -81,6 +81,7 @@ def kv_cache(
     dtype: "bf16", "fp16" or "fp32". with_mtp: the MTP modules keep a cache as well. V3, latent: 70,272 bytes per token.
     Raises ValueError for a layout that the model cannot have, naming those it can.
     """
+    refuse_other_than_config(config)
     layout = layout or default_layout(config)
     reason = why_not(config, layout)
     if reason:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from deepseek_lab.config import ModelConfig
+from deepseek_lab.presets import PRESETS
 
 _V3, _V2 = "DeepSeek-V3 report (arXiv 2412.19437)", "DeepSeek-V2 report (arXiv 2405.04434)"
 _REPORTS = {"deepseek_v3": _V3, "deepseek_v2": _V2, "llama": "Llama 3.1 config.json", "qwen2": "Qwen2.5 config.json"}
@@ -76,6 +77,7 @@ def model_weights(config: ModelConfig, with_mtp: bool = False, copies: bool = Fa
     with_mtp: include the multi-token prediction modules. copies: count the embedding and the output head that a
     published checkpoint stores a second time inside each module. Raises ValueError where the model has no such module.
     """
+    refuse_other_than_config(config)
     c, layers = config, ("num_hidden_layers",)
     tied = c.tie_word_embeddings
     weights = [_table(c, "embedding and output head", "tied") if tied else _table(c, "embedding", "embedding")]
@@ -90,6 +92,12 @@ def model_weights(config: ModelConfig, with_mtp: bool = False, copies: bool = Fa
     if not tied:
         weights.append(_table(c, "output head", "head"))
     return (*weights, *(_mtp_weights(c, copies) if with_mtp else ()))
+
+
+def refuse_other_than_config(config) -> None:
+    if not isinstance(config, ModelConfig):
+        name = config if config in list(PRESETS) else "deepseek-v3"
+        raise TypeError(f"got {type(config).__name__} instead of a ModelConfig; pass lab.PRESETS[{name!r}] or the like")
 
 
 def attention_weights(c: ModelConfig, layers: int) -> list[Weight]:
@@ -147,7 +155,7 @@ def _latent_matrices(c: ModelConfig) -> list[tuple[str, Side, Side | None, bool]
         ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"),
     )
     values = Side(heads * value, f"{heads} heads × {value}", ("num_attention_heads", "v_head_dim"))
-    if c.q_lora_rank is None:
+    if not c.q_lora_rank:
         first = [("q_proj", queries, hidden, False)]
     else:
         rank = Side(c.q_lora_rank, f"{c.q_lora_rank:,}", ("q_lora_rank",))

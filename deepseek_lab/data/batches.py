@@ -17,6 +17,9 @@ class Batches:
     """
 
     def __init__(self, tokens: Tensor, batch: int, length: int, seed: int = 0):
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"Batches got {type(tokens).__name__}; expected a tensor [token]: for texts, "
+                            "Batches(data.split(texts)[0], batch, length)")  # fmt: skip
         if tokens.dim() != 1 or len(tokens) < length + 1:
             raise ValueError(f"Batches got tokens of shape {tuple(tokens.shape)}; expected [token] with at least "
                              f"length + 1 = {length + 1} tokens")  # fmt: skip

@@ -27,6 +27,8 @@ def python_reference() -> list[str]:
 
 def read_files(paths: Iterable[str | Path]) -> list[str]:
     """Return the text of one's own files, one document each. Raises ValueError for one that is missing or no UTF-8."""
+    if isinstance(paths, (str, Path)):
+        raise TypeError(f"read_files got one path; expected a list of paths: read_files([{str(paths)!r}])")
     documents = []
     for path in map(Path, paths):
         try:
@@ -58,6 +60,10 @@ def split(documents: list[str], held_out: float = 0.1) -> tuple[Tensor, Tensor]:
 
     The validation part is every n-th stretch of 4,096 tokens, so that it is spread over all topics.
     """
+    if isinstance(documents, (str, bytes)):
+        raise TypeError(f"split got one {type(documents).__name__}; expected a list of texts: split([text])")
+    if not documents:
+        raise ValueError("split got no documents; give at least one text, for example python_reference()")
     if not 0 < held_out <= 0.5:
         raise ValueError(f"held_out={held_out} is not between 0 and 0.5; 0.1 keeps a tenth for validation")
     tokenizer = ByteTokenizer()

@@ -28,7 +28,17 @@ class ByteTokenizer:
         )
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
-        """Return the text of tokens [token]. Special tokens vanish, bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of tokens [token]. Special tokens vanish, bytes that are no UTF-8 become U+FFFD.
+
+        Raises ValueError for a token that does not exist.
+        """
+        if isinstance(tokens, str):
+            raise TypeError("decode got str, which is a text already; expected tokens [token], as encode returns them")
         if isinstance(tokens, Tensor) and tokens.dim() != 1:
             raise ValueError(f"decode got shape {tuple(tokens.shape)}; expected [token], decode one row at a time")
-        return bytes(t for t in map(int, tokens) if t < 256).decode("utf-8", errors="replace")
+        numbers = tokens.tolist() if isinstance(tokens, Tensor) else [int(t) for t in tokens]
+        odd = next((t for t in numbers if not 0 <= t < self.vocab_size), None)
+        if odd is not None:
+            raise ValueError(f"decode got token {odd}; expected 0 to {self.vocab_size - 1}: these tokens come from "
+                             "another tokenizer or vocabulary, decode them with their own")  # fmt: skip
+        return bytes(int(t) for t in numbers if t < 256).decode("utf-8", errors="replace")

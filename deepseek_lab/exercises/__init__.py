@@ -69,7 +69,8 @@ def same_letter(given: Any, wanted: str) -> bool:
 
 def find(number: str) -> Exercise:
     """Return an exercise by its number, "NN.k". Raises ValueError for one that does not exist."""
-    notebook = str(number).partition(".")[0]
+    number = _spelled(number)
+    notebook = number.partition(".")[0]
     try:
         exercises = importlib.import_module(f".nb{notebook}", __name__).EXERCISES
     except ModuleNotFoundError:
@@ -80,6 +81,12 @@ def find(number: str) -> Exercise:
     return exercises[number]
 
 
+def _spelled(number: Any) -> str:
+    """Return the number as exercises are named: 11.2 and " 11.2" are "11.2", 00.1 (to Python 0.1) is "00.1"."""
+    notebook, point, which = str(number).strip().partition(".")
+    return f"{notebook.zfill(2)}{point}{which}"
+
+
 def check(number: str, answer: Any = ...) -> None:
     """Print what is to be said about an answer to exercise `number`, for example `lab.check("00.1", 70_272)`."""
-    print(f"Exercise {number} {find(number).verdict(answer)[1]}")
+    print(f"Exercise {_spelled(number)} {find(number).verdict(answer)[1]}")

@@ -75,6 +75,9 @@ def trace_routing(model, tokens: Tensor) -> RoutingTrace:
 
     Raises ValueError for more than one text at a time and for a model without mixture-of-experts layers.
     """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"trace_routing got {type(tokens).__name__}; expected a tensor [1, token]: for a text, encode "
+                        "it first: tokenizer.encode(text)[None]")  # fmt: skip
     if tokens.dim() != 2 or tokens.shape[0] != 1:
         raise ValueError(f"trace_routing got tokens of shape {tuple(tokens.shape)}; expected [1, token]: one text")
     routers = {index: layer.mlp.gate for index, layer in enumerate(model.layers) if isinstance(layer.mlp, ExpertLayer)}

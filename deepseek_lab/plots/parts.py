@@ -35,15 +35,19 @@ def cache_growth(tokens: list[int], sizes: Mapping[str, list[int]], ax=None):
     """Draw the bytes of several caches over the number of tokens, each line with its name at its end; return the Axes.
 
     tokens: how many tokens were read. sizes: bytes at each of them, by the name of the cache.
+    Raises ValueError for no cache and for more than can be told apart.
     """
     import matplotlib.pyplot as plt
 
+    colours = [PALETTE["weights"], PALETTE["cache"], PALETTE["gradients"]]
+    looks = [dict(color=colour, linestyle=dash) for dash in ("-", "--", "-.", ":") for colour in colours]
+    if not 1 <= len(sizes) <= len(looks):
+        raise ValueError(f"cache_growth got {len(sizes)} caches; give 1 to {len(looks)}, which can be told apart")
     ax = ax if ax is not None else plt.subplots()[1]
     lowest = min(values[-1] for values in sizes.values())
     unit, size = byte_unit(max(max(values) for values in sizes.values()))
-    colours = [PALETTE["weights"], PALETTE["cache"], PALETTE["gradients"]]
-    for colour, (name, values) in zip(colours, sizes.items(), strict=False):
-        ax.plot(tokens, [v / size for v in values], color=colour, linestyle="-")
+    for look, (name, values) in zip(looks, sizes.items(), strict=False):
+        ax.plot(tokens, [v / size for v in values], **look)
         label = f"{name}\n{format_bytes(values[-1])}"
         side = "bottom" if values[-1] == lowest else "center"  # clear of the axis and its last tick
         ax.annotate(label, (tokens[-1], values[-1] / size), xytext=(6, 0), textcoords="offset points", va=side)

@@ -12,6 +12,7 @@ def loss_curve(records: Sequence, marks: dict[int, float] | None = None, ax=None
 
     records: `StepRecord`s, or anything with `.step` and `.loss` (nats per token). marks: {step: held-out loss} as dots.
     """
+    _refuse_none(records, "loss_curve")
     ax = _axes(ax)
     steps, losses = [r.step for r in records], [r.loss for r in records]
     ax.plot(steps, losses, color=PALETTE["weights"], linewidth=0.8, alpha=0.45, linestyle="-")
@@ -32,6 +33,13 @@ def load_map(records: Sequence, layer: int = 0, ax=None):
 
     records: `StepRecord`s with `.load` [layer, expert]. The scale ends at three times the fair share.
     """
+    _refuse_none(records, "load_map")
+    layers = len(records[0].load)
+    if not layers:
+        raise ValueError("load_map got records of a dense model; only one with n_routed_experts has experts to show")
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer={layer} is not one of the {layers} expert layers; choose 0 to {layers - 1}, which "
+                         "count expert layers and not all layers")  # fmt: skip
     ax = _axes(ax)
     shares = [[n / sum(row) for n in row] for row in (r.load[layer].tolist() for r in records)]
     fair = 1 / len(shares[0])
@@ -45,6 +53,11 @@ def load_map(records: Sequence, layer: int = 0, ax=None):
     bar.outline.set_edgecolor(INK)
     ax.set(xlabel="step", ylabel="expert")
     return ax
+
+
+def _refuse_none(records: Sequence, where: str) -> None:
+    if not len(records):
+        raise ValueError(f"{where} got no records; give those of a run, for example list(training.train(...))")
 
 
 def _axes(ax):

@@ -158,3 +158,23 @@ def test_every_formula_gives_its_amount_and_every_line_has_keys_and_source(name,
         assert evaluated(row["formula"]) == row["amount"], (name, row)
         assert row["source"], (name, row)
         assert row["keys"] and all(hasattr(config, key) for key in row["keys"]), (name, row)
+
+
+@pytest.mark.parametrize("count", [parameters, weights, checkpoint_elements, lambda config: kv_cache(config, 1)])
+@pytest.mark.parametrize("wrong", ["deepseek-v2", "gpt", None])
+def test_what_is_no_config_is_refused_with_where_to_find_one(count, wrong):
+    name = wrong if wrong in PRESETS else "deepseek-v3"
+    with pytest.raises(TypeError, match=rf"got {type(wrong).__name__} instead of .* pass lab\.PRESETS\['{name}'\]"):
+        count(wrong)
+
+
+def test_a_query_rank_of_zero_is_none_as_in_the_model():
+    import torch
+
+    from deepseek_lab.model import Transformer
+
+    none, zero = SMALL.replace(q_lora_rank=None), SMALL.replace(q_lora_rank=0)
+    assert parameters(zero).rows() == parameters(none).rows()
+    with torch.device("meta"):
+        model = Transformer(zero)
+    assert parameters(zero, "trainable").total == sum(weight.numel() for weight in model.parameters())

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -81,3 +82,9 @@ def test_impossible_batches_are_refused():
         Batches(TOKENS, 4, 16)[-1]
     assert Batches(TOKENS[:17], 4, 16)[0].shape == (4, 17)
     assert Batches(TOKENS, 4, 16).tokens_per_step == 64
+
+
+@pytest.mark.parametrize("wrong", ["a text", [1, 2, 3], numpy.arange(100)])
+def test_what_is_no_tensor_is_refused_with_the_right_call(wrong):
+    with pytest.raises(TypeError, match=rf"got {type(wrong).__name__}; .*Batches\(data\.split\(texts\)\[0\], batch"):
+        Batches(wrong, 4, 16)

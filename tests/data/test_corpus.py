@@ -93,3 +93,18 @@ def test_files_that_hold_no_text_are_refused_by_name(tmp_path):
     for nothing in ([], [tmp_path / "empty.txt"]):
         with pytest.raises(ValueError, match="got no text"):
             read_files(nothing)
+
+
+def test_one_text_or_one_path_is_not_taken_for_a_list_of_letters(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    for path in (tmp_path / "a.txt", str(tmp_path / "a.txt")):
+        with pytest.raises(TypeError, match=r"got one path; expected a list of paths: read_files\(\['.*a\.txt'\]\)"):
+            read_files(path)
+    for text in ("one text " * 9000, b"one text " * 9000):
+        with pytest.raises(TypeError, match=rf"got one {type(text).__name__}; .* split\(\[text\]\)"):
+            split(text)
+
+
+def test_no_documents_are_refused_with_where_to_find_some():
+    with pytest.raises(ValueError, match=r"split got no documents; .* python_reference"):
+        split([])

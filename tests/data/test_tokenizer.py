@@ -42,3 +42,15 @@ def test_what_is_no_text_is_refused():
         TOKENIZER.encode(b"text")
     with pytest.raises(ValueError, match=r"decode got shape \(1, 2\)"):
         TOKENIZER.decode(torch.tensor([[104, 105]]))
+
+
+@pytest.mark.parametrize("odd", [-1, 260, 300])
+def test_a_token_that_does_not_exist_is_not_dropped_silently(odd):
+    for tokens in ([104, odd], torch.tensor([104, odd])):
+        with pytest.raises(ValueError, match=f"got token {odd}; expected 0 to 259"):
+            TOKENIZER.decode(tokens)
+
+
+def test_a_text_is_not_decoded_again():
+    with pytest.raises(TypeError, match="decode got str, which is a text already"):
+        TOKENIZER.decode("123")

@@ -70,3 +70,9 @@ def test_a_notebook_asks_each_of_its_exercises_once(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_asks_which_check_catches_a_mistake(path):
     assert any("## Which check catches this?" in source for source in sources(path))
+
+
+@pytest.mark.parametrize(("written", "number"), [(11.2, "11.2"), (" 11.2 ", "11.2"), (00.1, "00.1")])
+def test_a_number_is_understood_however_it_is_written(written, number, capsys):
+    lab.check(written)
+    assert capsys.readouterr().out == f"Exercise {number} waits for your answer. {find(number).todo}\n"

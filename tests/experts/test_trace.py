@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy
 import pytest
 import torch
 
@@ -118,3 +119,23 @@ def test_what_cannot_be_traced_is_refused_with_a_way_out():
         trace_routing(dense, text(TINY))
     with pytest.raises(ValueError, match="layer 0 has no router in this trace; choose one of 1, 2, 3"):
         traced(TINY).at(0)
+
+
+@pytest.mark.parametrize("wrong", ["a text", [[1, 2]], numpy.ones((1, 2), int)])
+def test_what_is_no_tensor_is_refused_with_how_to_make_one(wrong):
+    says = (
+        rf"trace_routing got {type(wrong).__name__}; expected a tensor \[1, token\]: .* tokenizer\.encode\(text\)\[None"
+    )
+    with pytest.raises(TypeError, match=says):
+        trace_routing(model_with_bias(TINY), wrong)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "numba"])
+def test_a_model_of_one_expert_per_group_can_be_traced_and_can_write(monkeypatch, kernels):
+    monkeypatch.setenv("LAB_KERNELS", kernels)
+    for count, chosen in ((1, 1), (4, 2)):
+        config = TINY.replace(n_routed_experts=count, n_group=count, topk_group=count, num_experts_per_tok=chosen)
+        model = model_with_bias(config)
+        (at, *_) = trace_routing(model, text(config)).layers
+        assert at.kept.all() and torch.equal(at.chosen, at.without_groups)
+        assert lab.generation.generate(model, text(config), 5).shape == (1, 45)

@@ -1,5 +1,6 @@
 """Text that is written from a cache is the text that reading everything again would write."""
 
+import numpy
 import pytest
 import references
 import torch
@@ -97,7 +98,8 @@ def test_the_same_seed_draws_the_same_text(model):
 def test_a_temperature_close_to_zero_and_a_tiny_top_p_are_greedy(model):
     tokens = token_ids(2, 5)
     greedy = generate(model, tokens, 30)
-    assert torch.equal(generate(model, tokens, 30, temperature=1e-6, seed=0), greedy)
+    for temperature in (1e-6, 1e-300, 1e-308, 5e-324):
+        assert torch.equal(generate(model, tokens, 30, temperature=temperature, seed=0), greedy)
     assert torch.equal(generate(model, tokens, 30, temperature=1.0, top_p=1e-9, seed=0), greedy)
 
 
@@ -148,6 +150,29 @@ def test_the_text_may_fill_the_models_positions_but_not_outgrow_them(model):
 def test_impossible_settings_are_refused(model, settings, words):
     with pytest.raises(ValueError, match=words):
         generate(**{"model": model, "tokens": token_ids(1, 3), "max_new_tokens": 2, **settings})
+
+
+@pytest.mark.parametrize("wrong", ["a text", [[1, 2]], numpy.ones((1, 2), int)])
+def test_what_is_no_tensor_is_refused_with_how_to_make_one(model, wrong):
+    says = rf"generate got {type(wrong).__name__}; .* encode it first: tokenizer\.encode\(text\)\[None\]"
+    with pytest.raises(TypeError, match=says):
+        generate(model, wrong, 2)
+
+
+@pytest.mark.parametrize("wrong", [2.0, "2", None])
+def test_the_number_of_new_tokens_is_a_whole_one(model, wrong):
+    with pytest.raises(TypeError, match=f"max_new_tokens={wrong!r} is no whole number; choose one, such as 64"):
+        generate(model, token_ids(1, 3), wrong)
+    assert generate(model, token_ids(1, 3), numpy.int64(2)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_point_to_the_models_weights(temperature, value):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = value
+    with pytest.raises(ValueError, match=r"logits hold nan or infinity.* weights"):
+        sample(logits, temperature)
 
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.0, 0.3, 0.15, 0.1])

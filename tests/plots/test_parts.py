@@ -55,3 +55,15 @@ def test_lines_of_caches_pass_through_their_bytes_in_the_unit_of_the_axis():
         assert drawn[name].get_ydata().tolist() == [value / 2**30 for value in values]
     assert [text.get_text().split("\n")[1] for text in ax.texts] == ["20.0 GiB", "1.0 GiB"]
     _close(ax)
+
+
+def test_every_cache_has_a_line_that_no_other_looks_like():
+    sizes = {f"cache {i}": [0, (i + 1) * 2**30] for i in range(12)}
+    ax = plots.cache_growth([0, 1024], sizes)
+    looks = {(line.get_color(), line.get_linestyle()) for line in ax.lines}
+    assert len(ax.lines) == len(ax.texts) == len(looks) == 12
+    assert {line.get_linestyle() for line in ax.lines[:3]} == {"-"}
+    _close(ax)
+    for wrong in ({}, {**sizes, "one more": [0, 1]}):
+        with pytest.raises(ValueError, match=f"cache_growth got {len(wrong)} caches; give 1 to 12"):
+            plots.cache_growth([0, 1024], wrong)

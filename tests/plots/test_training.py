@@ -39,3 +39,20 @@ def test_the_load_map_shows_shares_of_one_layer_with_steps_across_and_experts_do
     assert tuple(image.get_extent()) == (-0.5, 6.5, 3.5, -0.5)
     assert image.get_clim() == (0, 0.75)  # three times the fair share of four experts
     plt.close(ax.figure)
+
+
+def test_a_run_without_records_has_no_picture():
+    for draw in (plots.loss_curve, plots.load_map):
+        with pytest.raises(ValueError, match=f"{draw.__name__} got no records"):
+            draw([])
+    assert not plt.get_fignums()
+
+
+def test_a_load_map_of_experts_that_are_not_there_is_refused():
+    dense = [SimpleNamespace(step=0, loss=1.0, load=torch.zeros(0, 0))]
+    with pytest.raises(ValueError, match="records of a dense model"):
+        plots.load_map(dense)
+    for layer in (2, -1):
+        with pytest.raises(ValueError, match=f"layer={layer} is not one of the 2 expert layers; choose 0 to 1"):
+            plots.load_map(records(3), layer)
+    assert not plt.get_fignums()
