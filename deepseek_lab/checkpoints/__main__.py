@@ -34,7 +34,6 @@ def build_tiny() -> dict:
         load = load + record.load
         if record.step % 200 == 199:
             loss = training.evaluate(model, validation, LENGTH)
-            model.train()
             print(f"step {record.step + 1}: loss {record.loss:.3f}, held-out {loss:.3f}", flush=True)
     seconds = time.perf_counter() - began
     target = directory("tiny")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 
 import pytest
 import torch
@@ -55,6 +56,21 @@ def test_the_shipped_model_writes_words_of_the_text_it_read():
     words = tokenizer.decode(lab.generation.generate(model, prompt, 400)[0]).split()
     assert len(words) > 50
     assert sum(word in vocabulary for word in words) > 0.75 * len(words)
+
+
+def test_the_command_makes_a_model_and_a_card_that_belong_together(tmp_path, monkeypatch):
+    text = data.python_reference()[:12]
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # other tests keep theirs
+    monkeypatch.setattr(builder.data, "python_reference", lambda: text)
+    monkeypatch.setattr(builder, "directory", lambda name: tmp_path / name)
+    monkeypatch.setattr(builder, "RECIPE", dataclasses.replace(builder.RECIPE, steps=3))
+    card = builder.build_tiny()
+    assert json.loads((tmp_path / "tiny/card.json").read_text("utf-8")) == json.loads(json.dumps(card))
+    _, validation = data.split(text)
+    measured = training.evaluate(lab.model.load_hf(tmp_path / "tiny"), validation, builder.LENGTH)
+    assert card["validation_loss"] == pytest.approx(measured, abs=0.001)
+    assert card["validation_loss"] < 5.6  # three steps beat guessing among 260 tokens
+    assert card["tokens_seen"] == 3 * builder.BATCH * builder.LENGTH
 
 
 def test_an_unknown_checkpoint_names_those_that_exist():
