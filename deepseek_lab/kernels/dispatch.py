@@ -1,23 +1,36 @@
-"""Which body of the kernels is in use: the torch reference, or the one that Numba compiles for this CPU."""
+"""Which body of the kernels is in use: the torch reference, Numba's for this CPU, or the one for a GPU."""
 
 import importlib
 import importlib.util
 import os
 from types import ModuleType
 
-BODIES = ("reference", "numba")
+BODIES = ("reference", "numba", "cuda")
 
 
 def active() -> str:
-    """Return "reference" or "numba": what the environment variable LAB_KERNELS says, else numba where installed."""
+    """Return "reference", "numba" or "cuda": what the environment variable LAB_KERNELS says, else numba."""
     wanted = os.environ.get("LAB_KERNELS")
     if not wanted:
         return "numba" if importlib.util.find_spec("numba") else "reference"
     if wanted not in BODIES:
-        raise ValueError(f"LAB_KERNELS={wanted!r} is unknown; choose {' or '.join(BODIES)}, or leave it unset")
+        raise ValueError(f"LAB_KERNELS={wanted!r} is unknown; choose {', '.join(BODIES)}, or leave it unset")
     return wanted
 
 
+def body_for(x) -> ModuleType:
+    """Return the module whose encode, decode, quantize, dequantize and product work where the tensor x lies.
+
+    Tensors on a GPU take the CUDA body where numba-cuda is installed, those on a CPU the Numba body; LAB_KERNELS
+    overrides both. The reference works everywhere.
+    """
+    name = active()
+    if name == "numba" and x.device.type != "cpu":
+        name = "cuda" if x.device.type == "cuda" and importlib.util.find_spec("numba_cuda") else "reference"
+    module = {"reference": "reference", "numba": "numba_cpu", "cuda": "numba_cuda"}[name]
+    return importlib.import_module(f".{module}", __package__)
+
+
 def body() -> ModuleType | None:
-    """Return the module of compiled kernels, or None where the reference is in use: the torch model itself."""
-    return importlib.import_module(".numba_cpu", __package__) if active() == "numba" else None
+    """Return the module that writes one token, or None where the reference is in use: the torch model itself."""
+    return importlib.import_module(".numba_decode", __package__) if active() == "numba" else None

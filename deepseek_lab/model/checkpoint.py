@@ -129,10 +129,9 @@ def _published_tensors(model: Transformer, dtype: str) -> Iterator[dict[str, Ten
         tensor = state[place.name].detach()[place.index]
         if dtype == "fp8" and place.quantised:
             try:
-                codes, scales = quantize_blocks(tensor)
+                yield quantize_blocks(tensor).to_published(name)
             except ValueError as error:
                 raise ValueError(f"tensor {name} cannot be saved as FP8: {error}") from error
-            yield {name: codes, name + SCALE_SUFFIX: scales}
         else:
             kind = torch.bfloat16 if dtype == "fp8" else DTYPES[dtype]
             yield {name: tensor.to(_kept_dtype(name, kind)).contiguous().clone()}

@@ -1,5 +1,14 @@
-"""What low precision keeps and loses. So far: the 128 x 128 blocks of published FP8 weights."""
+"""What low precision keeps and loses: number formats, scales, FP8 products and the layer made of them."""
 
-from .scaling import BLOCK, BlockScaled, quantize_blocks
+import lazy_loader
 
-__all__ = ["BLOCK", "BlockScaled", "quantize_blocks"]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "formats": ["BF16", "E4M3", "E5M2", "FORMATS", "FP16", "FP32", "TF32", "FloatFormat", "decode", "encode",
+                    "find_format", "round_to"],
+        "linear": ["Fp8Linear", "PrecisionPolicy"],
+        "matmul": ["fp8_matmul"],
+        "scaling": ["BLOCK", "BlockScaled", "quantize", "quantize_blocks", "quantize_tensor", "quantize_tiles"],
+    },
+)  # fmt: skip

@@ -1,57 +1,146 @@
-"""Store a matrix in eight bits a value: FP8 codes, and one float32 scale per 128 x 128 block.
+"""Bring a tensor into the range of eight bits: codes, and one scale for each part of it.
+
+activations   1 x 128 tiles: a token's 128 neighbouring channels share a scale
+weights       128 x 128 blocks
+gradients     1 x 128 for the product that goes on backwards, 128 x 1 (along the tokens) for the weights' gradient
+
+Scales are computed from the tensor itself: scale = max|tile| / 448, code = x / scale; value = code * scale.
 
 Source: DeepSeek-V3 report, section 3.3.2; README_WEIGHTS.md of the released weights, whose `weight_scale_inv` is what
 the codes are multiplied by, in spite of its name.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import kernels
+from .formats import E4M3, FloatFormat, find_format
+
 BLOCK = 128
-E4M3_MAX = 448.0
-SMALLEST_AMAX = 1e-4  # as the released kernels: an all-zero block gets a scale, not a division by zero
+DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}
 
 
 class BlockScaled(NamedTuple):
-    """A matrix as codes [row, column] float8_e4m3fn and scales [ceil(row / 128), ceil(column / 128)] float32."""
+    """A tensor as codes [..., row, column] and scales, one for each `tile` (rows, columns) of it.
+
+    codes: float8_e4m3fn or float8_e5m2. scales: [ceil(row / rows), ceil(column / columns)] float32. Ragged edges belong
+    to the last tile. Tiles of one row allow any number of leading axes, in the scales too.
+    """
 
     codes: Tensor
     scales: Tensor
+    tile: tuple[int, int] = (BLOCK, BLOCK)
+
+    @property
+    def format(self) -> FloatFormat:
+        """E4M3 or E5M2."""
+        return {dtype: find_format(name) for name, dtype in DTYPES.items()}[self.codes.dtype]
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
 
+    @property
+    def T(self) -> BlockScaled:
+        """The transposed matrix, codes contiguous again: 1 x 128 tiles become 128 x 1."""
+        return BlockScaled(self.codes.T.contiguous(), self.scales.T.contiguous(), self.tile[::-1])
+
     def dequantize(self) -> Tensor:
-        """Return codes times scales, [row, column] float32. Ragged edges belong to the last block."""
-        rows, columns = self.codes.shape
-        expected = (-(-rows // BLOCK), -(-columns // BLOCK))
+        """Return codes times scales, float32. Raises ValueError for scales that do not fit the codes."""
+        shape = self.codes.shape
+        expected = (
+            *shape[:-2],
+            *(-(-size // side) for size, side in zip(shape[-2:], self.tile[-len(shape) :], strict=True)),
+        )
         if self.scales.shape != expected:
-            raise ValueError(f"scales of shape {tuple(self.scales.shape)} beside codes {tuple(self.codes.shape)}; "
-                             f"expected {expected}, one per {BLOCK} x {BLOCK} block")  # fmt: skip
-        return self.codes.float() * _spread(self.scales.float(), rows, columns)
+            raise ValueError(f"scales of shape {tuple(self.scales.shape)} beside codes {tuple(shape)}; "
+                             f"expected {expected}, one per {self.tile[0]} x {self.tile[1]} tile")  # fmt: skip
+        codes, scales = _matrix(self.codes), _matrix(self.scales.float())
+        return kernels.body_for(codes).dequantize(codes.view(torch.uint8), scales, self.format, self.tile).view(shape)
+
+    def to_published(self, name: str) -> dict[str, Tensor]:
+        """Return the two tensors of a released checkpoint: `name` and `name_scale_inv`. Blocks of 128 x 128 only."""
+        if self.tile != (BLOCK, BLOCK) or self.format is not E4M3:
+            raise ValueError(f"published weights are E4M3 in {BLOCK} x {BLOCK} blocks, this is {self.format.name} in "
+                             f"{self.tile[0]} x {self.tile[1]} tiles; use quantize_blocks")  # fmt: skip
+        return {name: self.codes, f"{name}_scale_inv": self.scales}
+
+    @classmethod
+    def from_published(cls, tensors: Mapping[str, Tensor], name: str) -> BlockScaled:
+        """Return the weight `name` of a released checkpoint from its two tensors."""
+        missing = [key for key in (name, f"{name}_scale_inv") if key not in tensors]
+        if missing:
+            raise ValueError(f"the checkpoint has no {missing[0]}; an FP8 weight is stored with its scales beside it")
+        return cls(tensors[name], tensors[f"{name}_scale_inv"])
 
 
-def quantize_blocks(w: Tensor) -> BlockScaled:
-    """Return a matrix [row, column] as E4M3 codes and block scales; scale = max|block| / 448, code = w / scale.
+def quantize_tiles(x: Tensor, axis: int = -1, **how) -> BlockScaled:
+    """Return x in tiles of 128 along `axis`: 1 x 128 for -1 (activations), 128 x 1 for -2 (weight gradients).
 
-    Raises ValueError for anything but a finite matrix: one infinity would turn its whole block into zeros.
+    x: [..., column] for -1, [row, column] for -2. Further arguments are those of `quantize`.
     """
-    if w.dim() != 2:
-        raise ValueError(f"quantize_blocks got shape {tuple(w.shape)}; expected a matrix [row, column]")
-    if not torch.isfinite(w).all():
-        raise ValueError("quantize_blocks got a matrix with NaN or infinity; a scale cannot bring those into range")
-    rows, columns = w.shape
-    padded = torch.nn.functional.pad(w.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [block row, row, block column, column]
-    scales = blocks.abs().amax(dim=(1, 3)).clamp(min=SMALLEST_AMAX) / E4M3_MAX
-    codes = (w.float() / _spread(scales, rows, columns)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return BlockScaled(codes, scales)
+    if axis not in (-1, -2):
+        raise ValueError(f"quantize_tiles got axis={axis}; tiles run along the last axis (-1) or the one before (-2)")
+    return quantize(x, (1, BLOCK) if axis == -1 else (BLOCK, 1), **how)
 
 
-def _spread(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Repeat each block's scale for all its values: [block row, block column] -> [row, column]."""
-    return scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+def quantize_blocks(w: Tensor, **how) -> BlockScaled:
+    """Return a matrix [row, column] in blocks of 128 x 128, as weights are. Further arguments: see `quantize`."""
+    return quantize(w, (BLOCK, BLOCK), **how)
+
+
+def quantize_tensor(x: Tensor, **how) -> BlockScaled:
+    """Return a matrix [row, column] with a single scale. Further arguments: see `quantize`."""
+    return quantize(x, tuple(max(size, 1) for size in x.shape), **how)
+
+
+def quantize(
+    x: Tensor,
+    tile: tuple[int, int],
+    scale: str = "fp32",
+    fmt: FloatFormat | str = E4M3,
+    nonfinite: str = "refuse",
+) -> BlockScaled:
+    """Return a tensor as FP8 codes and one scale per tile (rows, columns).
+
+    scale: "fp32", or "ue8m0" for powers of two (rounded up, so that nothing overflows). fmt: E4M3 or E5M2. nonfinite:
+    "refuse" NaN and infinity, or "pass" them on: their whole tile is lost, as with the released kernels.
+    Raises ValueError for shapes without such tiles, unknown names and, unless passed on, a NaN or an infinity;
+    TypeError for tensors that are not floating point.
+    """
+    fmt = find_format(fmt)
+    _check(x, tile, scale, fmt, nonfinite)
+    matrix = _matrix(x.detach()).float().contiguous()
+    codes, scales = kernels.body_for(x).quantize(matrix, fmt, tile, scale == "ue8m0")
+    if nonfinite == "refuse" and not torch.isfinite(scales).all():
+        where = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise ValueError(f"quantize got {x[tuple(where)].item()} at {where}; a scale cannot bring NaN or infinity into "
+                         'range. Find out where it came from, or pass nonfinite="pass" to lose its tile')  # fmt: skip
+    if x.dim() != 2:  # tiles of one row: the leading axes come back
+        scales = scales.view(*x.shape[:-1], scales.shape[-1])
+    return BlockScaled(codes.view(DTYPES[fmt.name]).view(x.shape), scales, tile)
+
+
+def _check(x: Tensor, tile: tuple[int, int], scale: str, fmt: FloatFormat, nonfinite: str) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"quantize got {x.dtype}; it takes numbers, so pass a floating-point tensor")
+    if x.dim() != 2 and (tile[0] != 1 or not x.dim()):
+        raise ValueError(f"quantize got shape {tuple(x.shape)}; expected a matrix [row, column] for "
+                         f"{tile[0]} x {tile[1]} tiles")  # fmt: skip
+    if fmt.name not in DTYPES:
+        raise ValueError(f"quantize got {fmt.name}; scales are for eight bits: choose E4M3 or E5M2")
+    if scale not in ("fp32", "ue8m0"):
+        raise ValueError(f'scale={scale!r} is unknown; choose "fp32" or "ue8m0"')
+    if nonfinite not in ("refuse", "pass"):
+        raise ValueError(f'nonfinite={nonfinite!r} is unknown; choose "refuse" or "pass"')
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """View a tensor as [row, column], its last axis the columns."""
+    return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x

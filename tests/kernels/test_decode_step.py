@@ -228,7 +228,7 @@ def test_the_environment_chooses_the_body(monkeypatch):
     assert lab.kernels.body() is None
     assert type(decode_step(filled(V3), 1)) is ModelStep
     monkeypatch.setenv("LAB_KERNELS", "fast")
-    with pytest.raises(ValueError, match="LAB_KERNELS='fast' is unknown; choose reference or numba"):
+    with pytest.raises(ValueError, match="LAB_KERNELS='fast' is unknown; choose reference, numba, cuda"):
         lab.kernels.active()
     monkeypatch.delenv("LAB_KERNELS")
     assert lab.kernels.active() == "numba"
