@@ -124,6 +124,28 @@ V3_FP8_LOSS_GAP = fact(
     0.0025, "relative loss error", f"{_V3}, section 3.3", "an upper bound: FP8 stayed below it against BF16"
 )
 
+# How eight-bit products are added up -------------------------------------------------------------------------------
+
+V3_ACCUMULATOR_BITS = fact(14, "bits", f"{_V3}, section 3.5.2", "of each aligned product, the leading bit too")
+V3_EXACT_SUM_BITS = fact(34, "bits", f"{_V3}, section 3.5.2", "at least, for 32 products; how it counts is not said")
+V3_ACCUMULATION_ERROR = fact(
+    0.02,
+    "maximum relative error",
+    f"{_V3}, section 3.3.2",
+    "nearly 2 % at K = 4096; the distribution of the two random matrices is not printed, so it is not reproduced",
+)
+V3_PROMOTION_INTERVAL = fact(128, "products", f"{_V3}, section 3.3.2", "four instructions of 32 products")
+H800_FRACTION_BITS = fact(13, "fraction bits", f"{_INSIGHTS}, section 3.1.1", "after 32 products are aligned")
+B200_ACCUMULATOR_BITS = fact(25, "bits of mantissa", "GitHub issue deepseek-ai/DeepGEMM#176", "measured by a user")
+DEEPGEMM_TOLERANCE = fact(
+    1e-3, "calc_diff", "DeepGEMM repository, tests (commit 54e2261)", "1 - 2xy / (xx + yy) of FP8 and BF16 results"
+)
+
+MASSIVE_ACTIVATIONS = fact(
+    100_000, "times as large as others", "Massive Activations in Large Language Models (arXiv 2402.17762), abstract",
+    "an example: very few of a large model's activations",
+)  # fmt: skip
+
 # What it cost ------------------------------------------------------------------------------------------------------
 
 V3_TRAINING_GPUS = fact(2_048, "H800 GPUs", f"{_V3}, section 3.1")
@@ -159,5 +181,6 @@ GPUS_PER_NODE = fact(8, "GPUs per node", f"{_V3}, section 3.1", "H800s joined by
 H800_BANDWIDTH = fact(3.35e12, "bytes/s", _H100, "HBM3; the H800 has the same")
 H800_BF16_PEAK = fact(989.4e12, "FLOP/s", _H100, "dense; read in a secondary source")
 H800_FP8_PEAK = fact(1_978.9e12, "FLOP/s", _H100, "dense; read in a secondary source")
+H800_FP32_PEAK = fact(66.9e12, "FLOP/s", _H100, "CUDA cores, not tensor cores; read in a secondary source")
 H800_NVLINK = fact(400e9, "bytes/s", f"{_INSIGHTS}, section 4.1", "both directions together; 900e9 on an H100")
 NODE_NETWORK = fact(50e9, "bytes/s per GPU", f"{_INSIGHTS}, section 4", "eight 400 Gb/s InfiniBand cards per node")

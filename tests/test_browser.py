@@ -21,6 +21,13 @@ records = [lab.training.StepRecord(i, 4 / (i + 1) + 1, 1e-3, 1.0, 64, 0.1, load,
 samples = {0: "e e ee", 20: "the the that", 39: "The statement is used to wrap a block."}
 lab.widgets.training_replay(records, samples, {0: 5.6, 20: 1.4}, step=0)
 """
+# The explorers alone, before all that their notebooks compute.
+EXPLORERS = """
+import deepseek_lab as lab
+from IPython.display import display
+display(lab.widgets.outlier_explorer())
+lab.widgets.bit_explorer("E4M3", 0.1)
+"""
 
 
 def lab_command(*variables: str) -> list[str]:
@@ -143,18 +150,18 @@ def test_the_memory_bar_fits_a_column_of_600_pixels(start, picture):
 
 
 @pytest.fixture(scope="module")
-def replay(lab):
-    """A notebook with the training replay alone, beside the course; its name."""
+def one_cell(lab):
+    """Notebooks of one cell each, beside the course: replay.ipynb and explorers.ipynb."""
     import nbformat
 
     url, token = lab
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(REPLAY.strip())], metadata=kernel)
-    body = json.dumps({"type": "notebook", "content": notebook}).encode()
     headers = {"Authorization": f"token {token}", "Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/api/contents/notebooks/replay.ipynb", body, headers, method="PUT")
-    urllib.request.urlopen(request, timeout=10).close()
-    return "replay.ipynb"
+    for name, source in (("replay", REPLAY), ("explorers", EXPLORERS)):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip())], metadata=kernel)
+        body = json.dumps({"type": "notebook", "content": notebook}).encode()
+        request = urllib.request.Request(f"{url}/api/contents/notebooks/{name}.ipynb", body, headers, method="PUT")
+        urllib.request.urlopen(request, timeout=10).close()
 
 
 @pytest.mark.parametrize(
@@ -162,9 +169,11 @@ def replay(lab):
     [
         ("11_assemble_the_model.ipynb", "expert-routes", "token", "layer"),
         ("replay.ipynb", "training-replay", "step", "expert layer"),
+        ("explorers.ipynb", "outlier-explorer", "outlier", "place"),
+        ("03_fp8_matmul.ipynb", "accumulator", "fraction bits", "promoted"),
     ],
 )
-def test_the_other_pictures_follow_their_controls_by_keyboard(open_notebook, replay, name, widget, slider, choice):
+def test_the_other_pictures_follow_their_controls_by_keyboard(open_notebook, one_cell, name, widget, slider, choice):
     notebook = open_notebook(name).run_all()
     picture = notebook.page.locator(f".{widget} svg[role=img]")
     picture.scroll_into_view_if_needed()
@@ -179,6 +188,61 @@ def test_the_other_pictures_follow_their_controls_by_keyboard(open_notebook, rep
     changed(picture, says)
     assert picture.bounding_box()["height"] == height, "the page jumps when the picture changes"
     assert (notebook.errors, notebook.outside) == ([], [])
+
+
+@pytest.fixture(scope="module")
+def bits(open_notebook, one_cell):
+    """The page with the bit explorer, 600 pixels wide."""
+    notebook = open_notebook("explorers.ipynb").run_all()
+    notebook.page.set_viewport_size({"width": 600, "height": 900})
+    notebook.page.locator(".bit-explorer").scroll_into_view_if_needed()
+    return notebook
+
+
+def test_every_control_of_the_bit_explorer_is_reached_by_tab_in_order_and_has_a_name(bits):
+    bits.dropdown("format").select_option("E4M3")
+    bits.dropdown("format").focus()
+    said = []
+    for _ in range(10):
+        said.append(
+            bits.page.evaluate("""() => document.activeElement.getAttribute('aria-label') ??
+            document.activeElement.closest('.widget-inline-hbox')?.querySelector('.widget-label')?.textContent""")
+        )
+        bits.press("Tab")
+    fields = ["sign"] + ["exponent"] * 4 + ["mantissa"] * 3
+    digits = zip(range(7, -1, -1), fields, "00011101", strict=True)
+    assert said == ["format", "number", *(f"bit {n}, {field}, is {bit}" for n, field, bit in digits)]
+
+
+def test_a_typed_number_sets_the_bits_and_a_pressed_bit_the_number(bits):
+    picture, page = bits.page.locator(".bit-explorer svg[role=img]"), bits.page
+    typed = bits.labelled(".widget-text", "number").locator("input")
+    says, place = picture.get_attribute("aria-label"), picture.bounding_box()
+    typed.fill("-18.9")
+    says = changed(picture, says)
+    assert "−18.9 becomes −18" in says
+    page.get_by_role("button", name="bit 7, sign, is 1").focus()
+    bits.press("Space")
+    bits.shot("bit_explorer_focus")
+    says = changed(picture, says)
+    page.get_by_role("button", name="bit 7, sign, is 0").wait_for()
+    assert typed.input_value() == "18.0"
+    page.get_by_role("button", name="bit 0, mantissa, is 1").click()
+    says = changed(picture, says)
+    assert "E4M3, code 0x58: 16;" in says
+    typed.fill("abc")
+    page.get_by_text("“abc” is not a number.").wait_for()
+    bits.shot("bit_explorer_600px")
+    typed.fill("0.1")
+    says = changed(picture, says)
+    bits.dropdown("format").select_option("FP32")
+    changed(picture, says)
+    page.get_by_role("button", name="bit 31, sign, is 0").wait_for()
+    ends = [button.bounding_box() for button in page.locator(".bit-explorer button.bit:visible").all()]
+    bits.shot("bit_explorer_32_bits")
+    assert len(ends) == 32 and max(box["x"] + box["width"] for box in ends) <= place["x"] + place["width"] + 8
+    assert picture.bounding_box() == place, "the page jumps when the format changes"
+    assert (bits.errors, bits.outside) == ([], [])
 
 
 def test_a_missing_browser_is_skipped_for_a_learner_and_fails_in_ci(monkeypatch):

@@ -10,6 +10,7 @@ import references
 import torch
 from references import LATENT, LLAMA, cached_logits, difference, published_logits, token_ids
 
+from deepseek_lab import precision
 from deepseek_lab.attention import GroupedCache, LatentAttention, LatentCache, grouped, latent
 from deepseek_lab.attention.caches import new_cache
 from deepseek_lab.experts import Router, Routing
@@ -209,6 +210,27 @@ def test_groups_ranked_by_their_best_are_caught_by_the_published_logits(v3_pair)
     assert equals_the_published_implementation(v3_pair)
     make_wrong(v3_pair[1], "gate", BestOfGroup)
     assert not equals_the_published_implementation(v3_pair)
+
+
+# Eight bits --------------------------------------------------------------------------------------------------------
+
+
+def product_with_blocks_of(rows: int, a, b):
+    """a times b transposed, where `rows` rows of b share a scale."""
+    scales = b.scales.repeat_interleave(rows, 0)[: len(b.codes)].repeat_interleave(128, 1)
+    return a.dequantize() @ (b.codes.float() * scales).T
+
+
+@pytest.mark.parametrize(("rows", "wrong"), [(256, False), (512, False), (448, True)])
+def test_a_block_height_worked_out_from_the_shapes_is_caught_by_a_last_block_that_is_not_whole(rows, wrong):
+    torch.manual_seed(0)
+    weight = torch.randn(rows, 256)
+    a, b = precision.quantize_tiles(torch.randn(8, 256)), precision.quantize_blocks(weight)
+    right, careless = precision.fp8_matmul(a, b), product_with_blocks_of(rows // len(b.scales), a, b)
+    assert torch.equal(right, product_with_blocks_of(128, a, b))
+    assert torch.equal(right, careless) is not wrong
+    unrounded = a.dequantize() @ weight.T
+    assert difference(careless, unrounded) < 0.1  # near enough for a tolerance
 
 
 # Counting ----------------------------------------------------------------------------------------------------------

@@ -51,6 +51,11 @@ class GroupedAttention(nn.Module):
         q, k = rotate_halves(q, turns), rotate_halves(k, turns)
         if cache is not None:
             k, v = cache.append(k, v)
+        q, k, v = self.round_core(q), self.round_core(k), self.round_core(v)
         shared = self.config.num_key_value_heads != self.config.num_attention_heads
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=shared, **causal_mask(x, k.shape[2]))
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def round_core(self, x: Tensor) -> Tensor:
+        """What becomes of queries, keys and values [..., channel] before they meet; see `model.apply_policy`."""
+        return x

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..precision.linear import weight_in_use
 from .caches import LatentCache
 from .grouped import causal_mask
 from .norm import RMSNorm
@@ -64,6 +65,10 @@ class LatentAttention(nn.Module):
         attend = self._attend_absorbed if absorb else self._attend_expanded
         return self.o_proj(attend(x, q_nope, q_rope, joint))
 
+    def round_core(self, x: Tensor) -> Tensor:
+        """What becomes of queries, keys and values [..., channel] before they meet; see `model.apply_policy`."""
+        return x
+
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries without and with position [batch, head, token, .], and what is cached [batch, token, .]."""
         c = self.config
@@ -83,6 +88,7 @@ class LatentAttention(nn.Module):
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)  # [batch, head, token, .]
         k = torch.cat([k_nope, rope_key[:, None].expand(-1, c.num_attention_heads, -1, -1)], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
+        q, k, v = self.round_core(q), self.round_core(k), self.round_core(v)
         # Torch's fused kernel wants values as wide as keys; columns of zeros change nothing and are cut off again.
         v = F.pad(v, (0, max(c.qk_head_dim - c.v_head_dim, 0)))
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, **causal_mask(x, k.shape[2]))
@@ -91,11 +97,12 @@ class LatentAttention(nn.Module):
     def _attend_absorbed(self, x: Tensor, q_nope: Tensor, q_rope: Tensor, joint: Tensor) -> Tensor:
         c = self.config
         B, H, T, _ = q_nope.shape
-        rebuild = self.kv_b_proj.weight.unflatten(0, (H, -1))  # [head, nope + v, latent]
+        rebuild = weight_in_use(self.kv_b_proj).unflatten(0, (H, -1))  # [head, nope + v, latent]
         w_uk, w_uv = rebuild.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         # q_nope . (W_UK latent) = (W_UK^T q_nope) . latent: the query carries the matrix, the memory stays small.
         q_latent = torch.bmm(q_nope.transpose(0, 1).reshape(H, B * T, -1), w_uk).view(H, B, T, -1).transpose(0, 1)
-        q = torch.cat([q_latent, q_rope], dim=-1).view(B, H * T, c.latent_width)
+        q, joint = self.round_core(torch.cat([q_latent, q_rope], dim=-1)), self.round_core(joint)
+        q = q.view(B, H * T, c.latent_width)
         scores = torch.bmm(q, joint.transpose(1, 2)).view(B, H, T, -1) * self.scale
         mask = causal_mask(x, joint.shape[1])
         if mask:

@@ -32,6 +32,8 @@ class SwiGLU(nn.Module):
 class Experts(nn.Module):
     """The routed experts, stacked: gate_up_proj [expert, 2 * width, hidden], down_proj [expert, hidden, width]."""
 
+    reads_few = True  # whether `forward_few` may stand in for `forward`
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         n, d, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -43,8 +45,12 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, load: Tensor) -> Tensor:
         """x: [slot, hidden], sorted by expert; load: [expert] slots of each. Returns [slot, hidden]."""
         ends = load.cumsum(0, dtype=torch.int32)
-        gate, up = grouped_linear(x, self.gate_up_proj, ends).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, self.down_proj, ends)
+        gate, up = self.multiply(x, self.gate_up_proj, ends).chunk(2, dim=-1)
+        return self.multiply(F.silu(gate) * up, self.down_proj, ends)
+
+    def multiply(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """Each row times its expert's matrix: see `grouped_linear`."""
+        return grouped_linear(x, weights, ends)
 
     def forward_few(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x: [token, hidden], experts and weights: [token, choice]. Returns the weighted sums [token, hidden].
@@ -90,7 +96,7 @@ class ExpertLayer(nn.Module):
     def _routed(self, x: Tensor, routing: Routing) -> Tensor:
         experts, weights = routing.experts, routing.weights.to(x.dtype)
         self._chosen = experts
-        if experts.numel() <= self.FEW and not torch.is_grad_enabled():
+        if self.experts.reads_few and experts.numel() <= self.FEW and not torch.is_grad_enabled():
             return self.experts.forward_few(x, experts, weights)
         choices = experts.shape[1]
         order = experts.flatten().argsort(stable=True)  # slot = token * choices + choice, now sorted by expert

@@ -45,15 +45,17 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         c = self.config
-        logits = F.linear(
-            x.float(), self.weight.float()
-        )  # near-ties decide experts: float32 whatever the model's dtype
+        logits = self.score(x)
         scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(dim=-1)
         experts = self.choose(scores.detach())
         weights = scores.gather(1, experts)  # the unbiased scores: the correction bias never touches the gate
         if c.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * c.routed_scaling_factor, scores)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Return the logits [token, expert], float32 whatever the model's dtype: near-ties decide experts."""
+        return F.linear(x.float(), self.weight.float())
 
     def choose(self, scores: Tensor) -> Tensor:
         """Return the experts [token, choice] that these scores [token, expert] select, the best first."""

@@ -3,11 +3,12 @@
 import time
 
 import numpy as np
+import torch
 
-from .dispatch import active, body
+from .dispatch import active, body, body_for
 
 
-def compile_all(kernels) -> None:
+def compile_decoding(kernels) -> None:
     """Call each kernel on the smallest arrays of the types that a model gives it: [batch 1], every width 2."""
     weight, stack = (np.ones((2,) * axes, np.float32) for axes in (2, 3))
     x, norm, memory = (np.ones(shape, np.float32) for shape in [(1, 2), (2,), (1, 1, 4)])
@@ -20,11 +21,26 @@ def compile_all(kernels) -> None:
     kernels.logits(x, norm, 1e-6, weight)
 
 
+def compile_fp8(kernels) -> None:
+    """Call each kernel of casts, scaling and products on a single value."""
+    numbers = kernels.Numbers(*(kind(1) for kind in kernels.Numbers.__annotations__.values()))  # of no format at all
+    x, scales, one = np.ones(1, np.float32), np.ones((1, 1), np.float32), np.float32(1)
+    for codes in (np.ones(1, np.int32), np.ones(1, np.uint8)):
+        kernels.encode_all(x, numbers, codes)
+        kernels.decode_all(codes, numbers, x)
+    kernels.quantize_tiles(x, (1, 1), (1, 1), numbers, one, True, codes, scales)
+    kernels.quantize_columns(x, (1, 1), 1, numbers, one, True, codes, scales)
+    kernels.dequantize_all(codes, scales, (1, 1), (1, 1), numbers, x)
+    codes, scales = torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1)
+    kernels.product(codes, codes, scales, scales, 32)
+
+
 def main() -> None:
     start = time.perf_counter()
-    kernels = body()
-    if kernels is not None:
-        compile_all(kernels)
+    decoding = body()
+    if decoding is not None:
+        compile_decoding(decoding)
+        compile_fp8(body_for(torch.empty(0)))
     print(f"kernels: {active()}, ready after {time.perf_counter() - start:.1f} s")
 
 

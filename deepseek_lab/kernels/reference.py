@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference_product import product  # noqa: F401
+
 SMALLEST_AMAX = 1e-4  # as the released kernels: an all-zero tile gets a scale, not a division by zero
 
 
@@ -32,7 +34,7 @@ def decode(codes: Tensor, fmt) -> Tensor:
     value = torch.where(size > fmt.max_code, torch.nan, value)
     if fmt.infinities:
         value = torch.where(size == fmt.inf_code, torch.inf, value)
-    return torch.where(codes >> (fmt.bits - 1) > 0, -value, value).float()
+    return torch.where(codes >> (fmt.bits - 1) & 1 > 0, -value, value).float()
 
 
 def quantize(x: Tensor, fmt, tile: tuple[int, int], power_of_two: bool) -> tuple[Tensor, Tensor]:
@@ -57,9 +59,7 @@ def dequantize(codes: Tensor, scales: Tensor, fmt, tile: tuple[int, int]) -> Ten
 
 def round_up_to_power_of_two(scales: Tensor) -> Tensor:
     """The next power of two at or above: by the exponent bits, for log2 rounds a little above 2^-9 down to -9."""
-    bits = scales.view(torch.int32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) > 0)
-    power = (exponent.clamp(1, 254) << 23).to(torch.int32).view(torch.float32)
+    power = (scales.view(torch.int32) + 0x7FFFFF & 0x7F800000).view(torch.float32)
     return torch.where(scales.isfinite(), power, scales)
 
 

@@ -1,6 +1,7 @@
 """Assembly: the Transformer, and its files."""
 
 from .checkpoint import load_hf, save_hf
+from .precision import apply_policy
 from .transformer import Transformer
 
-__all__ = ["Transformer", "load_hf", "save_hf"]
+__all__ = ["Transformer", "apply_policy", "load_hf", "save_hf"]

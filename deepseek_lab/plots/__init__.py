@@ -5,7 +5,11 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "accumulation": ["accumulator", "error_curves"],
         "course_map": ["COURSE", "course_map"],
+        "bits": ["bit_explorer"],
+        "formats": ["code_histogram", "format_errors", "format_values", "formats_bar"],
+        "outliers": ["error_against_outlier", "outlier_explorer"],
         "style": ["INK", "PALETTE", "use_style"],
         "memory": ["memory_bar"],
         "parts": ["cache_growth", "parts_bar"],

@@ -145,23 +145,44 @@ def encode(x: Tensor, fmt: FloatFormat | str, overflow: str | None = None) -> Te
     """Return the codes of the nearest numbers in a format, ties to even; the shape is that of x.
 
     x: floating-point tensor, taken as float32. Codes are uint8 up to 8 bits, int32 up to 31, int64 for FP32.
-    overflow: "saturate", "nan" or "inf"; unless told, what torch does with this format. NaN keeps its sign.
-    Raises TypeError for tensors that are not floating point, ValueError for unknown formats and impossible overflows.
+    overflow: "saturate", "nan" or "inf", for infinities too; unless told, what torch does with this format. NaN keeps
+    its sign. Gradients do not pass.
+    Raises TypeError for what is no floating-point tensor, ValueError for unknown formats and impossible overflows.
     """
     fmt = find_format(fmt)
-    if not x.is_floating_point():
-        raise TypeError(f"encode got {x.dtype}; it turns numbers into codes, so pass a floating-point tensor")
-    return kernels.body_for(x).encode(x.float(), fmt, fmt.overflow_code(overflow))
+    if not _is_tensor(x) or not x.is_floating_point():
+        raise TypeError(f"encode got {_kind(x)}; pass a tensor of floating-point numbers. One number: "
+                        f"{fmt.name}.code(number)")  # fmt: skip
+    return kernels.body_for(x).encode(x.detach().float(), fmt, fmt.overflow_code(overflow))
 
 
 def decode(codes: Tensor, fmt: FloatFormat | str) -> Tensor:
-    """Return the numbers that codes stand for, float32. Raises TypeError for codes that are not whole numbers."""
-    if codes.is_floating_point() or codes.is_complex() or codes.dtype.itemsize * 8 < find_format(fmt).bits:
-        raise TypeError(f"decode got {codes.dtype}; {find_format(fmt).name} codes are whole numbers of at least "
-                        f"{find_format(fmt).bits} bits, as encode returns them")  # fmt: skip
-    return kernels.body_for(codes).decode(codes, find_format(fmt))
+    """Return the numbers that codes stand for, float32; the shape is that of codes.
+
+    codes: tensor of whole numbers; where their type has the format's width, a negative one stands for its bits.
+    Raises TypeError for other tensors and types too narrow, ValueError for codes that the format does not have.
+    """
+    fmt = find_format(fmt)
+    if not _is_tensor(codes) or _kind(codes) == "torch.bool" or codes.is_floating_point() or codes.is_complex():
+        raise TypeError(f"decode got {_kind(codes)}; pass a tensor of whole numbers as encode returns, or a tensor of "
+                        f"torch's FP8 types as .view(torch.uint8). One code: {fmt.name}.value(code)")  # fmt: skip
+    width = codes.dtype.itemsize * 8
+    if width < fmt.bits:
+        raise TypeError(f"decode got {codes.dtype}; the codes of {fmt.name} have {fmt.bits} bits")
+    if width > fmt.bits and codes.numel():
+        for code in codes.long().aminmax():
+            fmt.fields(code.item())
+    return kernels.body_for(codes).decode(codes, fmt)
 
 
 def round_to(x: Tensor, fmt: FloatFormat | str, overflow: str | None = None) -> Tensor:
-    """Return the nearest numbers that a format can say, float32."""
+    """Return the nearest numbers that a format can say, float32. Arguments and errors are those of `encode`."""
     return decode(encode(x, fmt, overflow), fmt)
+
+
+def _is_tensor(x: object) -> bool:
+    return hasattr(x, "is_floating_point")  # torch itself is not imported here: formats are words too
+
+
+def _kind(x: object) -> str:
+    return str(x.dtype) if hasattr(x, "dtype") else type(x).__name__

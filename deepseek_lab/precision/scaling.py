@@ -51,18 +51,23 @@ class BlockScaled(NamedTuple):
         """The transposed matrix, codes contiguous again: 1 x 128 tiles become 128 x 1."""
         return BlockScaled(self.codes.T.contiguous(), self.scales.T.contiguous(), self.tile[::-1])
 
-    def dequantize(self) -> Tensor:
-        """Return codes times scales, float32. Raises ValueError for scales that do not fit the codes."""
+    def check(self) -> None:
+        """Raise TypeError for codes that are not FP8, ValueError for scales that do not fit them."""
         shape = self.codes.shape
-        expected = (
-            *shape[:-2],
-            *(-(-size // side) for size, side in zip(shape[-2:], self.tile[-len(shape) :], strict=True)),
-        )
+        if self.codes.dtype not in DTYPES.values():
+            raise TypeError(f"codes in {self.codes.dtype}; expected float8_e4m3fn or float8_e5m2, as quantize returns")
+        sides = zip(shape[-2:], self.tile[-len(shape) :], strict=True)
+        expected = (*shape[:-2], *(-(-size // side) for size, side in sides))
         if self.scales.shape != expected:
             raise ValueError(f"scales of shape {tuple(self.scales.shape)} beside codes {tuple(shape)}; "
                              f"expected {expected}, one per {self.tile[0]} x {self.tile[1]} tile")  # fmt: skip
+
+    def dequantize(self) -> Tensor:
+        """Return codes times scales, float32. Raises TypeError and ValueError as `check` does."""
+        self.check()
         codes, scales = _matrix(self.codes), _matrix(self.scales.float())
-        return kernels.body_for(codes).dequantize(codes.view(torch.uint8), scales, self.format, self.tile).view(shape)
+        codes = codes.view(torch.uint8)
+        return kernels.body_for(codes).dequantize(codes, scales, self.format, self.tile).view(self.codes.shape)
 
     def to_published(self, name: str) -> dict[str, Tensor]:
         """Return the two tensors of a released checkpoint: `name` and `name_scale_inv`. Blocks of 128 x 128 only."""

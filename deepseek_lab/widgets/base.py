@@ -14,6 +14,7 @@ from .sheet_svg import sheet_svg
 # - JupyterLab's command mode takes letters and arrows from a closed drop-down list: ArrowDown leaves the cell, "x" cuts
 #   it (ipywidgets issue 3912). An attribute on the focused element tells it to leave the keys alone.
 # - The handle of a slider has no name, and its value is an index: a screen reader is told what stands beside it.
+# - The name of a button is what stands on it, a mere 0 or 1: a screen reader is told its tooltip.
 # The style gives read-outs their room.
 _PAGE_RULES = """<style>.{name} .widget-readout {{ min-width: {readout}px; max-width: none; }}</style>
 <img alt="" src="data:," onerror="const box = this.closest('.{name}');
@@ -22,6 +23,9 @@ const say = () => box.querySelectorAll('.widget-slider').forEach(slider => {{
     handle?.setAttribute('aria-label', slider.querySelector('.widget-label').textContent);
     handle?.setAttribute('aria-valuetext', slider.querySelector('.widget-readout').textContent);
 }});
+const name = () => box.querySelectorAll('button[title]').forEach(b => b.setAttribute('aria-label', b.title));
+new MutationObserver(name).observe(box, {{subtree: true, childList: true, attributeFilter: ['title']}});
+name();
 box.addEventListener('focusin', event => {{
     event.target.setAttribute('data-lm-suppress-shortcuts', 'true');
     say();

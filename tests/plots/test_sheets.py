@@ -10,14 +10,18 @@ from deepseek_lab import plots
 from deepseek_lab.accounting import MemoryState
 from deepseek_lab.plots import arrange
 from deepseek_lab.plots import sheet as sheets
+from deepseek_lab.plots.bits import bits_sheet
 from deepseek_lab.plots.memory import memory_sheet
+from deepseek_lab.plots.outliers import outlier_sheet
 from deepseek_lab.plots.replay import replay_sheet
 from deepseek_lab.plots.routes import routes_sheet
+from deepseek_lab.precision import outlier_study, round_number
 from deepseek_lab.training import StepRecord
 
 TEXT = "A block with methods, $5_and$ <tags>, defined by a context manager.\n"
 LOADS = torch.randint(1, 90, (20, 3, 16), generator=torch.Generator().manual_seed(2))
 RECORDS = [StepRecord(i, 5.0 / (i + 1) + 1, 1e-3, 1.0, 64, 0.1, load, {}) for i, load in enumerate(LOADS)]
+STUDY = outlier_study(sizes=(3e5,))
 NOW, BEFORE = MemoryState(), MemoryState(cache="expanded")
 SAMPLES = {0: "\x00\u0780 中 $x_1$", 19: "plain text\n  and more"}
 
@@ -48,10 +52,12 @@ def pictures():
     yield plots.expert_routes(TRACE, TEXT, 2, 10), routes_sheet(TRACE, TEXT, 2, 10)
     yield plots.training_replay(RECORDS, SAMPLES, {0: 5.9}, 19, 1), replay_sheet(RECORDS, SAMPLES, {0: 5.9}, 19, 1)
     yield plots.memory_bar(NOW, BEFORE), memory_sheet(NOW, BEFORE)
+    yield plots.bit_explorer("FP32", number=0.1), bits_sheet(round_number(0.1, "FP32"))
+    yield plots.outlier_explorer(STUDY, 3e5, (0, 0)), outlier_sheet(STUDY, 3e5, (0, 0))
 
 
 def test_the_twin_has_the_boxes_of_the_widget():
-    kinds_of_each = (("score", "bias", "token"), ("load", "frame"), ("part", "ghost"))
+    kinds_of_each = (("score", "bias", "token"), ("load", "frame"), ("part", "ghost"), ("bit",), ("spoilt",))
     for (ax, sheet), kinds in zip(pictures(), kinds_of_each, strict=True):
         for kind in kinds:
             patches = [p for p in ax.patches if p.get_label().split(" ")[0] == kind]

@@ -1,0 +1,180 @@
+"""A linear layer whose three products are all in eight bits, with its weights and their gradients in 32.
+
+y  = x W^T       x in 1 x 128 tiles (along the channels that are summed), W in blocks of 128 x 128
+dx = dy W        dy in 1 x 128 tiles along the outputs, the codes of W again
+dW = dy^T x      summed over the tokens, so both in 128 x 1 tiles along them; x from the codes that were kept
+
+Kept for the backward pass are the codes and scales of x and W: about a byte for each value, not four.
+Source: DeepSeek-V3 report, sections 3.3.1 to 3.3.3. A `PrecisionPolicy` holds the rules and can drop each of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .formats import E4M3, FloatFormat
+from .matmul import fp8_matmul
+from .policy import PrecisionPolicy
+from .scaling import BLOCK, BlockScaled, quantize
+
+V3 = PrecisionPolicy()
+TILES = {"tile": (1, BLOCK), "block": (BLOCK, BLOCK)}  # (rows, columns) that share a scale; "tensor": all of them
+
+Narrow = BlockScaled | Tensor  # FP8 codes with scales, or a BF16 tensor
+
+
+class Fp8Linear(nn.Linear):
+    """In place of `nn.Linear`: the same arguments, parameters and names, y = x W^T + b, and a `policy`.
+
+    x: [..., in_features] -> [..., out_features] in the dtype of x. NaN and infinity lose their tile and go on.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
+                 policy: PrecisionPolicy = V3):  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.policy = policy
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, policy: PrecisionPolicy = V3) -> Fp8Linear:
+        """Return a layer that computes by the policy with the parameters of another one: the same objects."""
+        made = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", policy=policy)
+        made.weight, made.bias = linear.weight, linear.bias
+        return made.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = narrow_linear(x, self.weight, self.policy)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, products={self.policy.products!r}"
+
+
+def narrow_linear(x: Tensor, weight: Tensor, policy: PrecisionPolicy = V3) -> Tensor:
+    """Return x W^T by the policy, forward and backward: x [..., in], weight [out, in] -> [..., out]."""
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"a layer of {weight.shape[1]} inputs got x of shape {tuple(x.shape)}; the last axis is "
+                         "summed over, so both must be equal")  # fmt: skip
+    if policy.products == "fp32":
+        return nn.functional.linear(x, weight)
+    return _Products.apply(x.reshape(-1, x.shape[-1]), weight, policy).view(*x.shape[:-1], len(weight))
+
+
+class _Products(torch.autograd.Function):
+    """x [token, in] and weight [out, in] -> [token, out]: one product forward, two backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, policy: PrecisionPolicy) -> Tensor:
+        kept = narrow(x, policy.activations, policy), narrow(weight, policy.weights, policy)
+        keep(ctx, *kept)
+        ctx.policy, ctx.dtypes = policy, (x.dtype, weight.dtype)
+        return output_product(*kept, policy).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (x, weight), policy = kept(ctx), ctx.policy
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = input_product(narrow_gradient(gradient, policy), weight, policy).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            dy = narrow_gradient(gradient, policy, along="tokens")
+            dw = weight_product(dy, along_tokens(x, policy), policy).to(ctx.dtypes[1])
+        return dx, dw, None
+
+
+# The three products ------------------------------------------------------------------------------------------------
+
+
+def output_product(x: Narrow, weight: Narrow, policy: PrecisionPolicy) -> Tensor:
+    """x W^T: [token, in], [out, in] -> [token, out] float32."""
+    if policy.accumulator == "h800" and policy.products == "fp8":
+        return fp8_matmul(x, weight, "h800", policy.promote_every)
+    return wide(x) @ wide(weight).T
+
+
+def input_product(gradient: Narrow, weight: Narrow, policy: PrecisionPolicy) -> Tensor:
+    """dy W: [token, out], [out, in] -> [token, in] float32."""
+    if policy.accumulator == "h800" and policy.products == "fp8":
+        return fp8_matmul(gradient, weight.T, "h800", policy.promote_every)
+    return wide(gradient) @ wide(weight)
+
+
+def weight_product(gradient: Narrow, x: Narrow, policy: PrecisionPolicy) -> Tensor:
+    """dy^T x: [token, out], [token, in] -> [out, in] float32, summed over the tokens."""
+    if policy.accumulator == "h800" and policy.products == "fp8":
+        return fp8_matmul(gradient.T, x.T, "h800", policy.promote_every)
+    return wide(gradient).T @ wide(x)
+
+
+# Narrow and wide again ---------------------------------------------------------------------------------------------
+
+
+def narrow(x: Tensor, kind: str, policy: PrecisionPolicy, fmt: FloatFormat = E4M3) -> Narrow:
+    """Return a matrix in BF16, or as FP8 codes with one scale per "tile", "block" or "tensor"."""
+    if policy.products == "bf16":
+        return x.bfloat16()
+    shared = TILES.get(kind) or tuple(max(size, 1) for size in x.shape)
+    return quantize(x, shared, policy.scale, fmt, nonfinite="pass")
+
+
+def narrow_gradient(gradient: Tensor, policy: PrecisionPolicy, along: str = "outputs") -> Narrow:
+    """Return dy with tiles along the "outputs", for dx, or along the "tokens", for dW.
+
+    With blocks, or one scale for all, both are the same codes.
+    """
+    if along == "tokens" and policy.products == "fp8" and policy.gradients == "tile":
+        return quantize(gradient, (BLOCK, 1), policy.scale, policy.gradient_format, nonfinite="pass")
+    return narrow(gradient, policy.gradients, policy, policy.gradient_format)
+
+
+def along_tokens(x: Narrow, policy: PrecisionPolicy) -> Narrow:
+    """Return kept activations in 128 x 1 tiles: their codes were made for 1 x 128, and are rounded a second time."""
+    if policy.products == "bf16" or policy.activations != "tile":
+        return x
+    return quantize(x.dequantize(), (BLOCK, 1), policy.scale, nonfinite="pass")
+
+
+def wide(x: Narrow) -> Tensor:
+    """Return the values that narrow numbers stand for, float32."""
+    return x.dequantize() if isinstance(x, BlockScaled) else x.float()
+
+
+def keep(ctx, *operands: Narrow) -> None:
+    """Save narrow operands for the backward pass as they are: codes and scales, or BF16."""
+    ctx.tiles = [x.tile if isinstance(x, BlockScaled) else None for x in operands]
+    ctx.save_for_backward(*(t for x in operands for t in ((x.codes, x.scales) if isinstance(x, BlockScaled) else (x,))))
+
+
+def kept(ctx) -> list[Narrow]:
+    """Return what `keep` saved."""
+    saved = iter(ctx.saved_tensors)
+    return [next(saved) if tile is None else BlockScaled(next(saved), next(saved), tile) for tile in ctx.tiles]
+
+
+# Rounding without a product ----------------------------------------------------------------------------------------
+
+
+def round_through(x: Tensor, policy: PrecisionPolicy, kind: str | None = None) -> Tensor:
+    """Return x rounded by the policy, as an activation unless `kind` says otherwise; gradients go straight through.
+
+    x: [..., channel] in the dtype it came in. "fp32" products round nothing.
+    """
+    return x if policy.products == "fp32" else _Rounded.apply(x, policy, kind or policy.activations)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, policy: PrecisionPolicy, kind: str) -> Tensor:
+        return wide(narrow(x.reshape(-1, x.shape[-1]), kind, policy)).view(x.shape).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None, None
+
+
+def weight_in_use(linear: nn.Linear) -> Tensor:
+    """Return the weight that a layer's products read: rounded in an `Fp8Linear`, the parameter itself elsewhere."""
+    policy = getattr(linear, "policy", None)
+    return linear.weight if policy is None else round_through(linear.weight, policy, policy.weights)
