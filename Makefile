@@ -10,6 +10,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 #   pip    whatever pip picks by itself    cu130  (or another name that uv knows) exactly that build
 TORCH ?= cpu
 
+# Further requirements from pyproject.toml. EXTRAS=cuda: kernels for an NVIDIA GPU, and the tests that compile them
+# without one (0.6 GB, on Linux and Windows).
+EXTRAS ?=
+
 # Passed on to JupyterLab: make lab LAB_FLAGS="--no-browser --ServerApp.port=9999"
 LAB_FLAGS ?=
 
@@ -18,6 +22,8 @@ LAB_FLAGS ?=
 export GOMP_SPINCOUNT ?= 1000
 
 VENV := .venv
+LAB := $(VENV)/.lab$(EXTRAS:%=-%)
+TEST := $(VENV)/.test$(EXTRAS:%=-%)
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -30,28 +36,28 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
 
-lab: $(VENV)/.lab  ## set up what is missing, then open the course in JupyterLab
+lab: $(LAB)  ## set up what is missing, then open the course in JupyterLab
 	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=$(START) $(AS_ROOT) $(LAB_FLAGS)
 
-test: $(VENV)/.test  ## every test: the library, the widgets in a browser, the notebooks cell by cell
+test: $(TEST)  ## every test: the library, the widgets in a browser, the notebooks cell by cell
 	env -u MPLBACKEND $(PY) -m pytest -q $(NBVAL) tests notebooks
 
-setup: $(VENV)/.lab  ## only set up .venv
+setup: $(LAB)  ## only set up .venv
 
-notebooks: $(VENV)/.test  ## run every notebook and store it in its canonical form
+notebooks: $(TEST)  ## run every notebook and store it in its canonical form
 	$(PY) -m deepseek_lab.notebook run
 
-figures: $(VENV)/.lab  ## rebuild the static pictures in figures/
+figures: $(LAB)  ## rebuild the static pictures in figures/
 	$(PY) -m deepseek_lab.plots.build
 
-checkpoints: $(VENV)/.lab  ## train again the small checkpoints that later notebooks start from
+checkpoints: $(LAB)  ## train again the small checkpoints that later notebooks start from
 	$(PY) -m deepseek_lab.checkpoints
 
-lint: $(VENV)/.test  ## ruff, over the library, the tests and the notebooks
+lint: $(TEST)  ## ruff, over the library, the tests and the notebooks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(VENV)/.test  ## timings; they judge nothing, they print
+bench: $(TEST)  ## timings; they judge nothing, they print
 	$(PY) -m pytest tests/benchmarks -q -s
 
 clean:  ## remove .venv
@@ -71,13 +77,13 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.python
 		|| { echo "Installing torch $(TORCH_VERSION), the $(TORCH) build"; $(TORCH_$(TORCH_WAY)); }
 	@touch $@
 
-$(VENV)/.lab: pyproject.toml constraints.txt $(VENV)/.torch
-	$(PIP) install -q -c constraints.txt -e ".[lab]"
+$(LAB): pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) install -q -c constraints.txt -e ".[lab$(EXTRAS:%=,%)]"
 	$(PY) -m deepseek_lab.kernels
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.lab
-	$(PIP) install -q -c constraints.txt -e ".[lab,test]"
+$(TEST): $(LAB)
+	$(PIP) install -q -c constraints.txt -e ".[lab,test$(EXTRAS:%=,%)]"
 	@touch $@
 
 # The CPU build: from a local wheel directory or mirror where one has it (elsewhere pip says no within a second),

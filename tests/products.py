@@ -1,4 +1,4 @@
-"""E4M3 codes that are hard to add up, and what mmaemu makes of them: an implementation that shares no code with ours."""
+"""E4M3 codes that are hard to add up, and what mmaemu makes of them, which shares no code with ours."""
 
 import math
 

@@ -221,7 +221,7 @@ def product_with_blocks_of(rows: int, a, b):
     return a.dequantize() @ (b.codes.float() * scales).T
 
 
-@pytest.mark.parametrize(("rows", "wrong"), [(256, False), (512, False), (448, True)])
+@pytest.mark.parametrize(("rows", "wrong"), [(256, False), (512, False), (508, True)])
 def test_a_block_height_worked_out_from_the_shapes_is_caught_by_a_last_block_that_is_not_whole(rows, wrong):
     torch.manual_seed(0)
     weight = torch.randn(rows, 256)
@@ -230,7 +230,7 @@ def test_a_block_height_worked_out_from_the_shapes_is_caught_by_a_last_block_tha
     assert torch.equal(right, product_with_blocks_of(128, a, b))
     assert torch.equal(right, careless) is not wrong
     unrounded = a.dequantize() @ weight.T
-    assert difference(careless, unrounded) < 0.1  # near enough for a tolerance
+    assert difference(careless, unrounded) < 0.1  # a tolerance would let it pass
 
 
 # Counting ----------------------------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def _same_cast(given, wanted) -> bool:
     from ..precision import E4M3, round_to
 
     x = torch.tensor([0.1, -3.3, 300.0, 448.0, 465.0, -465.0, 1e30, -1e30])
-    return torch.equal(*(torch.as_tensor(f(x, lambda y: round_to(y, E4M3, "nan"))).float() for f in (given, wanted)))
+    ours, theirs = (torch.as_tensor(f(x.clone(), lambda y: round_to(y, E4M3, "nan"))) for f in (wanted, given))
+    return torch.allclose(theirs.float(), ours, rtol=0, atol=0, equal_nan=True)
 
 
 EXERCISES = {
@@ -107,10 +108,12 @@ EXERCISES = {
         praise="Find the power of two below, take a quarter of it as the step, round the number of steps.",
         agrees=_same_rounding,
         slips=(
-            Slip(_up, "Right but for ties: floor(steps + 0.5) goes up every time; 1.125 should become 1, an even code."),
+            Slip(
+                _up, "Right but for ties: floor(steps + 0.5) always goes up, and 1.125 should become 1, the even one."
+            ),
             Slip(_cut, "That cuts off. 1.9 steps are nearer to 2 than to 1: round the number of steps."),
             Slip(_as_e4m3, "Those are eighths: three mantissa bits. E5M2 has two, so a step is a quarter."),
-            Slip(_bias_off_by_one, "Right but for tiny numbers: the smallest exponent is 1 - bias, and the bias is 15."),
+            Slip(_bias_off_by_one, "Right but for tiny numbers: the smallest exponent is 1 - bias, and bias is 15."),
             Slip(_without_subnormals, "Right but for tiny numbers: below 2 to the power of -14 steps stop shrinking."),
         ),
         fallback="Try 0.1: between 0.0625 and 0.125 a step is 0.015625, and 6.4 steps round to 6: 0.09375.",

@@ -63,7 +63,7 @@ EXERCISES = {
             Slip(1000 * 2048 + 7 * 16 * 4, "1,000 / 128 is 7.8: the ragged rest needs scales too. Round up."),
             Slip(1000 * 2048 + 8 * 16, "A scale is an FP32 number: four bytes, not one."),
             Slip(1000 * 2048 + 500, "1,000 / 128 is 7.8, and there is no 0.8 of a block: round up."),
-            Slip(1000 * 2048 + 1000 * 16 * 4, "Those are 1 x 128 tiles. A block shares its scale among 128 rows as well."),
+            Slip(1000 * 2048 + 1000 * 16 * 4, "Those are 1 x 128 tiles. A block shares its scale among 128 rows too."),
             Slip(1024 * 2048 + 8 * 16 * 4, "The file holds no padding: 1,000 rows of codes, not 1,024."),
         ),
         fallback="One byte per value, and four for each block. How many blocks down, how many across?",
@@ -80,7 +80,7 @@ EXERCISES = {
             Slip(_floor_on_the_scale, "The floor belongs to the largest size, before it is divided by 448."),
             Slip(_upside_down, "That is 448 / largest. The scale is what codes are multiplied by: largest / 448."),
         ),
-        fallback="Cut the tokens into groups of 128 with unflatten(0, (-1, 128)); the result is [token / 128, channel].",
+        fallback="Cut the tokens into groups of 128, unflatten(0, (-1, 128)); the result is [token / 128, channel].",
     ),
     "02.4": Exercise(
         todo="Up to how many times as large may an outlier be in E5M2?",

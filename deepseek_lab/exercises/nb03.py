@@ -110,7 +110,9 @@ EXERCISES = {
         praise="A wrong scale is a few per cent on a few rows. Bits see it, on a shape where the mistake can happen.",
         slips=(
             Slip("a", "With 256 and 512 rows the division has no remainder, and nothing is wrong yet."),
-            Slip("b", "Random blocks have nearly equal scales, and the tolerance leaves room for that. Compute it."),
+            Slip(
+                "b", "Few rows are wrong, and random blocks have nearly equal scales: within the tolerance. Compute it."
+            ),
         ),
         fallback='Answer with one letter, "a", "b" or "c".',
         agrees=same_letter,

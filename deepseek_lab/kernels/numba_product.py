@@ -22,7 +22,7 @@ WIDTH = 64  # columns side by side: the bytes of one AVX-512 register
 KEPT, BIAS, MANTISSA, BYTE = (np.int32(number) for number in (reference.KEPT, 127, 23, 255))
 CUT = np.int32(-1 << (23 - reference.KEPT))  # the bits of a float32 that FP22 has too
 ZERO = -64  # a zero's exponent: with any other it is below LOWEST, and two of them still fit into a byte
-LOWEST = np.int8(-12)  # exponent of the smallest products; all sums are multiples of 2^-18, so nothing is cut off here
+LOWEST = np.int8(-12)  # exponent of the smallest products; all sums are multiples of 2^-18, so this floor cuts nothing
 
 WHOLE = ir.VectorType(ir.IntType(32), WIDTH)
 
@@ -138,12 +138,10 @@ def through_chain(step):
         constants = [builder.load(vectors(i), align=4) for i in range(5, len(args))]
         totals = cgutils.alloca_once_value(builder, builder.load(place, align=1))
         with cgutils.for_range(builder, ir.Constant(args[1].type, CHAIN)) as chain:
-            a, b = (builder.gep(pointer, [chain.index]) for pointer in (first, rows))
-            a = builder.insert_element(
-                ir.Constant(b.type.pointee, ir.Undefined), builder.load(a), ir.Constant(WHOLE.element, 0)
-            )
+            a, b = (builder.load(builder.gep(pointer, [chain.index]), align=1) for pointer in (first, rows))
+            a = builder.insert_element(ir.Constant(b.type, ir.Undefined), a, ir.Constant(WHOLE.element, 0))
             a = builder.shuffle_vector(a, a, ir.Constant(WHOLE, [0] * WIDTH))  # the same in all 64 places
-            builder.store(step(builder, builder.load(totals), a, builder.load(b, align=1), *constants), totals)
+            builder.store(step(builder, builder.load(totals), a, b, *constants), totals)
         builder.store(builder.load(totals), place, align=1)
         return context.get_dummy_value()
 

@@ -12,6 +12,7 @@ the codes are multiplied by, in spite of its name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .formats import E4M3, FloatFormat, find_format
+from .formats import E4M3, E5M2, FloatFormat, find_format
 
 BLOCK = 128
 DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}
@@ -48,7 +49,9 @@ class BlockScaled(NamedTuple):
 
     @property
     def T(self) -> BlockScaled:
-        """The transposed matrix, codes contiguous again: 1 x 128 tiles become 128 x 1."""
+        """The transposed matrix, codes contiguous again: 1 x 128 tiles become 128 x 1. ValueError for other shapes."""
+        if self.codes.dim() != 2:
+            raise ValueError(f".T got codes of shape {tuple(self.codes.shape)}; only a matrix [row, column] has one")
         return BlockScaled(self.codes.T.contiguous(), self.scales.T.contiguous(), self.tile[::-1])
 
     def check(self) -> None:
@@ -78,11 +81,16 @@ class BlockScaled(NamedTuple):
 
     @classmethod
     def from_published(cls, tensors: Mapping[str, Tensor], name: str) -> BlockScaled:
-        """Return the weight `name` of a released checkpoint from its two tensors."""
+        """Return the weight `name` of a released checkpoint from its two tensors.
+
+        Raises ValueError where one is missing or they do not fit, TypeError where `name` is not FP8.
+        """
         missing = [key for key in (name, f"{name}_scale_inv") if key not in tensors]
         if missing:
             raise ValueError(f"the checkpoint has no {missing[0]}; an FP8 weight is stored with its scales beside it")
-        return cls(tensors[name], tensors[f"{name}_scale_inv"])
+        weight = cls(tensors[name], tensors[f"{name}_scale_inv"])
+        weight.check()
+        return weight
 
 
 def quantize_tiles(x: Tensor, axis: int = -1, **how) -> BlockScaled:
@@ -102,6 +110,8 @@ def quantize_blocks(w: Tensor, **how) -> BlockScaled:
 
 def quantize_tensor(x: Tensor, **how) -> BlockScaled:
     """Return a matrix [row, column] with a single scale. Further arguments: see `quantize`."""
+    if x.dim() != 2:
+        raise ValueError(f"quantize_tensor got shape {tuple(x.shape)}; expected a matrix [row, column]")
     return quantize(x, tuple(max(size, 1) for size in x.shape), **how)
 
 
@@ -114,31 +124,37 @@ def quantize(
 ) -> BlockScaled:
     """Return a tensor as FP8 codes and one scale per tile (rows, columns).
 
-    scale: "fp32", or "ue8m0" for powers of two (rounded up, so that nothing overflows). fmt: E4M3 or E5M2. nonfinite:
-    "refuse" NaN and infinity, or "pass" them on: their whole tile is lost, as with the released kernels.
+        scale = max(max|tile|, 1e-4) / fmt.max        code = nearest(x / scale)        in FP32
+
+    x: [row, column], or any shape but () where tiles are one row high; taken as float32 and left as it is.
+    scale: "fp32", or "ue8m0" for powers of two (rounded up, so that nothing overflows). fmt: E4M3 or E5M2.
+    nonfinite: "refuse" NaN and infinity, or "pass" them on: their whole tile is lost, as with the released kernels.
     Raises ValueError for shapes without such tiles, unknown names and, unless passed on, a NaN or an infinity;
     TypeError for tensors that are not floating point.
     """
     fmt = find_format(fmt)
     _check(x, tile, scale, fmt, nonfinite)
     matrix = _matrix(x.detach()).float().contiguous()
-    codes, scales = kernels.body_for(x).quantize(matrix, fmt, tile, scale == "ue8m0")
-    if nonfinite == "refuse" and not torch.isfinite(scales).all():
-        where = (~torch.isfinite(x)).nonzero()[0].tolist()
+    codes, scales = kernels.body_for(x).quantize(matrix, fmt, tuple(tile), scale == "ue8m0")
+    if nonfinite == "refuse" and scales.numel() and not scales.amax() < math.inf:  # NaN is not either
+        where = (~torch.isfinite(x.float())).nonzero()[0].tolist()
         raise ValueError(f"quantize got {x[tuple(where)].item()} at {where}; a scale cannot bring NaN or infinity into "
                          'range. Find out where it came from, or pass nonfinite="pass" to lose its tile')  # fmt: skip
     if x.dim() != 2:  # tiles of one row: the leading axes come back
         scales = scales.view(*x.shape[:-1], scales.shape[-1])
-    return BlockScaled(codes.view(DTYPES[fmt.name]).view(x.shape), scales, tile)
+    return BlockScaled(codes.view(DTYPES[fmt.name]).view(x.shape), scales, tuple(tile))
 
 
 def _check(x: Tensor, tile: tuple[int, int], scale: str, fmt: FloatFormat, nonfinite: str) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"quantize got {x.dtype}; it takes numbers, so pass a floating-point tensor")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"quantize got {kind}; pass a tensor of floating-point numbers")
+    if len(tile) != 2 or not all(isinstance(side, int) and side > 0 for side in tile):
+        raise ValueError(f"quantize got tile={tile}; expected two whole numbers from 1 up, (rows, columns)")
     if x.dim() != 2 and (tile[0] != 1 or not x.dim()):
         raise ValueError(f"quantize got shape {tuple(x.shape)}; expected a matrix [row, column] for "
                          f"{tile[0]} x {tile[1]} tiles")  # fmt: skip
-    if fmt.name not in DTYPES:
+    if fmt not in (E4M3, E5M2):
         raise ValueError(f"quantize got {fmt.name}; scales are for eight bits: choose E4M3 or E5M2")
     if scale not in ("fp32", "ue8m0"):
         raise ValueError(f'scale={scale!r} is unknown; choose "fp32" or "ue8m0"')
@@ -148,4 +164,4 @@ def _check(x: Tensor, tile: tuple[int, int], scale: str, fmt: FloatFormat, nonfi
 
 def _matrix(x: Tensor) -> Tensor:
     """View a tensor as [row, column], its last axis the columns."""
-    return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    return torch.atleast_2d(x).flatten(0, -2)

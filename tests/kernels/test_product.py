@@ -105,8 +105,8 @@ def test_scales_are_applied_one_after_the_other(body):
     """(dot * a_scale) * b_scale, as the released kernel does; dot * (a_scale * b_scale) is rounded elsewhere."""
     generator = torch.Generator().manual_seed(0)
     a_scale, b_scale = (torch.rand(size, 1, generator=generator) for size in (50, 60))
-    codes = codes_of(1.25)
-    got = body.product(codes.expand(50, 1), codes.expand(60, 1), a_scale, b_scale, 32)
+    a, b = codes_of(1.25), codes_of(1)
+    got = body.product(a.expand(50, 1), b.expand(60, 1), a_scale, b_scale, 32)
     assert torch.equal(got, (1.25 * a_scale) * b_scale.T)
     assert not torch.equal(got, 1.25 * (a_scale * b_scale.T))
 
