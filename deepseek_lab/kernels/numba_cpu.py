@@ -49,7 +49,7 @@ class Numbers(NamedTuple):
 
 def fits(fmt) -> bool:
     """Whether all numbers of a format are float32 numbers with a bit to round off; the reference does the others."""
-    return fmt.mantissa_bits < 23 and fmt.bias < 128 and fmt.max < 2.0**128
+    return 0 < fmt.mantissa_bits < 23 and fmt.bias < 128 and fmt.max < 2.0**128
 
 
 @cache

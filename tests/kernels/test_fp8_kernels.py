@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek_lab.kernels import numba_cpu, reference
-from deepseek_lab.precision import E4M3, E5M2, FORMATS, FloatFormat, encode, quantize_blocks, quantize_tiles
+from deepseek_lab.precision import E4M3, E5M2, FORMATS, FloatFormat, quantize_blocks, quantize_tiles
 
 E5M6 = FloatFormat("E5M6", 5, 6, 15)  # the V3 report keeps inputs of attention's last layer in it
 OTHERS = [E5M6, FloatFormat("E4M3FNUZ", 4, 3, 8, infinities=False), FloatFormat("E4M3 with infinity", 4, 3, 7),
@@ -96,12 +96,11 @@ def test_the_largest_float32_still_has_a_scale():
 def test_the_environment_chooses_the_body(kernels, monkeypatch):
     monkeypatch.setenv("LAB_KERNELS", kernels)
     module, calls = {"reference": reference, "numba": numba_cpu}[kernels], []
-    for name in ("encode", "quantize", "dequantize"):
+    for name in ("quantize", "dequantize"):
         run = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, run=run, name=name: (calls.append(name), run(*args))[1])
-    encode(torch.ones(3), E4M3)
     quantize_tiles(torch.ones(2, 3)).dequantize()
-    assert calls == ["encode", "quantize", "dequantize"]
+    assert calls == ["quantize", "dequantize"]
 
 
 def test_the_same_whatever_body(monkeypatch):

@@ -28,9 +28,10 @@ ROUNDED = {
 # E4M3 and E5M2 beyond their largest number: (format, overflow, number, what it becomes).
 TOO_LARGE = [
     (E4M3, None, 465.0, 448.0), (E4M3, None, INF, 448.0), (E4M3, "saturate", -1e30, -448.0),
-    (E4M3, "nan", 464.0, 448.0), (E4M3, "nan", 465.0, NAN), (E4M3, "nan", -INF, NAN), (E5M2, None, 61440.0, INF), (E5M2, None, -INF, -INF),
-    (E5M2, "inf", 61439.0, 57344.0), (E5M2, "saturate", INF, 57344.0), (E5M2, "saturate", 1e6, 57344.0),
-    (E5M2, "nan", 61440.0, NAN), (FP16, "saturate", -1e6, -65504.0), (BF16, "saturate", INF, 2.0**128 - 2.0**120),
+    (E4M3, "nan", 464.0, 448.0), (E4M3, "nan", 465.0, NAN), (E4M3, "nan", -INF, NAN),
+    (E5M2, None, 61440.0, INF), (E5M2, None, -INF, -INF), (E5M2, "inf", 61439.0, 57344.0),
+    (E5M2, "saturate", INF, 57344.0), (E5M2, "saturate", 1e6, 57344.0), (E5M2, "nan", 61440.0, NAN),
+    (FP16, "saturate", -1e6, -65504.0), (BF16, "saturate", INF, 2.0**128 - 2.0**120),
     (FP32, "saturate", INF, 2.0**128 - 2.0**104), (FP32, None, INF, INF),
 ]  # fmt: skip
 
