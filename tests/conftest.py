@@ -3,10 +3,20 @@
 import hypothesis
 import matplotlib
 import pytest
+import torch
 
 matplotlib.use("Agg")
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch on one thread while a file is tested: its sums are the same everywhere, and its times depend less on others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,9 @@ import statistics
 import time
 from collections.abc import Callable
 
+#: What was asked for and measured in this run: (what, against, measured, at most, aim).
+TABLE: list[tuple] = []
+
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Return the seconds of every run, by name, one per round, after one round that does not count."""
@@ -17,8 +20,13 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     return seconds
 
 
-def report(seconds: dict[str, list[float]], unit: str = "") -> None:
-    """Print each median, and what share of every other run's time the first one takes."""
+def report(
+    seconds: dict[str, list[float]], unit: str = "", asked: dict[str, tuple[float, float]] | None = None
+) -> None:
+    """Print each median, and what share of every other run's time the first one takes.
+
+    asked: for some of the others, the largest share that the course accepts and the one it aims at. They go into TABLE.
+    """
     first, *others = seconds
     print()
     for name, times in seconds.items():
@@ -26,3 +34,5 @@ def report(seconds: dict[str, list[float]], unit: str = "") -> None:
     for name in others:
         ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
         print(f"{first} takes {statistics.median(ratios):.3f} of {name} ({min(ratios):.3f} to {max(ratios):.3f})")
+        if asked and name in asked:
+            TABLE.append((first, name, statistics.median(ratios), *asked[name]))

@@ -43,7 +43,8 @@ def test_casts(one_thread):
         theirs = torch.zeros(VALUES, dtype=dtype)
         assert torch.equal(encode(x, fmt), theirs.copy_(x).view(torch.uint8))
         runs = {f"{fmt.name} cast": lambda fmt=fmt: encode(x, fmt), "torch copy_": lambda out=theirs: out.copy_(x)}
-        report(interleaved(runs | {"copy of the same bytes": moves(5 * VALUES)}, ROUNDS), " for 2^24 values")
+        asked = {"torch copy_": (0.50, 0.38), "copy of the same bytes": (1.35, 1.0)} if fmt is E4M3 else None
+        report(interleaved(runs | {"copy of the same bytes": moves(5 * VALUES)}, ROUNDS), " for 2^24 values", asked)
 
 
 def test_decoding(one_thread):
@@ -66,7 +67,8 @@ def test_scaling(one_thread):
             "torch expression": lambda rows=rows, columns=columns: expression(x, rows, columns),
             "copy of the same bytes": moves(5 * x.numel()),
         }
-        report(interleaved(runs, 9))
+        asked = {(1, 128): (0.08, 0.05), (128, 128): (0.15, 0.08)}.get((rows, columns))
+        report(interleaved(runs, 9), asked={"torch expression": asked} if asked else None)
 
 
 def test_there_and_back(one_thread):

@@ -1,7 +1,6 @@
 """How long a training step in eight bits takes, on one thread, beside the step in FP32: `make bench`."""
 
 import copy
-import statistics
 
 import pytest
 import torch
@@ -10,8 +9,6 @@ from rounds import interleaved, report
 
 import deepseek_lab as lab
 from deepseek_lab.precision import PrecisionPolicy
-
-MOST = 2.0  # times the FP32 step
 
 
 @pytest.mark.parametrize(("batch", "length"), [(16, 256), (4, 512)])
@@ -34,7 +31,4 @@ def test_a_step_in_eight_bits(one_thread, batch, length):
     runs = {"FP8, forward, backward, AdamW": step_of(lab.model.apply_policy(narrow["fp8"], PrecisionPolicy()))}
     runs["FP32"] = step_of(plain)
     runs["BF16, emulated"] = step_of(lab.model.apply_policy(narrow["bf16"], PrecisionPolicy(products="bf16")))
-    seconds = interleaved(runs, rounds=7)
-    report(seconds, f" a step of {batch} x {length} tokens")
-    fp8, fp32 = list(seconds.values())[:2]
-    assert statistics.median(a / b for a, b in zip(fp8, fp32, strict=True)) <= MOST
+    report(interleaved(runs, rounds=7), f" a step of {batch} x {length} tokens", {"FP32": (2.0, 1.5)})

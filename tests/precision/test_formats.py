@@ -39,15 +39,6 @@ numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
 formats = st.sampled_from(list(FORMATS.values()))
 
 
-@pytest.fixture
-def one_thread():
-    """Two threads that wait for each other 4096 times take minutes on a machine where anything else runs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def each_float32():
     """Yield all 2^32 float32 patterns in slices, always the same tensor."""
     bits = torch.arange(SLICE, dtype=torch.int32) - 2**31

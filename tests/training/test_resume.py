@@ -20,17 +20,11 @@ TESTS = Path(__file__).resolve().parent.parent
 CONFIGS = {"v3": SMALL, "llama": DENSE, "tied": DENSE.replace(model_type="qwen2", tie_word_embeddings=True)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums of several threads are not the same twice."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # sums of several threads are not the same twice
 
 
 @pytest.fixture(scope="module")
-def uninterrupted():
+def uninterrupted(one_thread):
     """{config: (the losses, the weights at the end)} of runs that nobody stopped."""
     found = {}
     for name, config in CONFIGS.items():
