@@ -12,7 +12,7 @@ hypothesis.settings.load_profile("repeatable")
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Torch on one thread while a file is tested: its sums are the same everywhere, and its times depend less on others."""
+    """Torch on one thread while a file is tested: sums are the same everywhere, times depend less on others."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
