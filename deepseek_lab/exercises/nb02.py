@@ -54,7 +54,7 @@ EXERCISES = {
         fallback="The largest size divided by the scale should be the largest number of E4M3.",
     ),
     "02.2": Exercise(
-        todo="How many bytes take codes and FP32 scales of 1,000 x 2,048 values in 128 x 128 blocks?",
+        todo="How many bytes do codes and FP32 scales of 1,000 x 2,048 values take in 128 x 128 blocks?",
         solution=1000 * 2048 + 8 * 16 * 4,
         agrees=same_number,
         praise="2,048,000 codes and 8 x 16 scales of four bytes: the ragged eighth row of blocks has scales too.",

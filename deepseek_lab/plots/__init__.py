@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "parts": ["cache_growth", "parts_bar"],
         "replay": ["training_replay"],
         "routes": ["expert_routes"],
+        "tiles": ["shared_scales"],
         "training": ["load_map", "loss_curve"],
     },
 )

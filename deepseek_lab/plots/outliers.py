@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 HEIGHT = 338
 #: Shades of a tile by its relative error: the error from which on each is used.
-SHADES = {0.0: "#EFEFEF", 0.04: "#F5C9A8", 0.1: PALETTE["gradients"], 0.4: "#4D1F00"}
-_LEVELS = ("under 4 %", "4 % or more", "10 % or more", "40 % or more")
+SHADES = {0.0: "#EFEFEF", 0.04: "#F5C9A8", 0.08: PALETTE["gradients"], 0.4: "#4D1F00"}
+_LEVELS = ("under 4 %", "4 % or more", "8 % or more", "40 % or more")
 _LEFT, _MAP_Y, _MAP_WIDTH, _MAP_HEIGHT, _GAP = 14, 74, 172, 130, 18
 _THINNEST = 2.4  # pixels: a single spoilt row of a large matrix is still seen
 
@@ -37,7 +37,7 @@ def error_against_outlier(
     ax = error_curves(sizes, errors, "size of the outlier, in units of the typical value", ax)
     powers = [math.log10(error) for curve in errors.values() for error in curve if error > 0]
     low, high = math.floor(min(powers, default=-2)), max(math.ceil(max(powers, default=0)), -1)
-    ax.set(ylim=(10.0**low, 10.0**high), ylabel="relative error of the rest")
+    ax.set(ylim=(10.0**low, 1.6 * 10.0**high), ylabel="relative error of the rest")
     ax.set_xscale("log")
     decades = range(math.ceil(math.log10(sizes[0])), math.floor(math.log10(sizes[-1])) + 1)
     ax.set_xticks([10.0**n for n in decades], [f"10{power(n)[1:]}" for n in decades], rotation=0, ha="center")
@@ -90,7 +90,7 @@ def outlier_sheet(study: OutlierStudy, size: float, place: tuple[int, int]) -> S
 
 
 def _percent(error: float) -> str:
-    return f"{100 * error:.3g} %"
+    return f"{100 * error:#.3g} %"
 
 
 def _map(record: Outlier, shape: tuple[int, int], left: float) -> list[Shape]:

@@ -5,10 +5,12 @@ import itertools
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 
 from deepseek_lab import plots
 from deepseek_lab.plots.outliers import HEIGHT, SHADES, outlier_sheet
 from deepseek_lab.plots.sheet import WIDTH, Words
+from deepseek_lab.plots.style import PALETTE
 from deepseek_lab.precision import outlier_study
 
 STUDY = outlier_study()
@@ -91,3 +93,14 @@ def test_the_curves_are_the_errors_with_names_that_do_not_touch():
     for count in (0, 5):
         with pytest.raises(ValueError, match=f"got {count} curves"):
             plots.error_against_outlier([1], {str(i): [0.1] for i in range(count)})
+
+
+def test_each_cell_of_a_product_is_128_long_in_the_direction_that_is_summed():
+    """In the drawing 128 numbers are a quarter of a matrix: the shaded cell spans it along the arrow."""
+    for ax in plots.shared_scales():
+        shaded = [p for p in ax.patches if p.get_facecolor() == to_rgba(PALETTE["weights"])]
+        arrows = [text for text in ax.texts if getattr(text, "arrow_patch", None)]
+        assert len(shaded) == len(arrows) == 2
+        for cell, arrow in zip(shaded, arrows, strict=True):
+            along_rows = arrow.xy[1] == arrow.xyann[1]
+            assert (cell.get_width() if along_rows else cell.get_height()) == 0.25
