@@ -89,16 +89,19 @@ EXERCISES = {
         fallback="Exponent: the four bits as a whole number, less 7. Mantissa: 1 + the last three bits as eighths.",
     ),
     "01.2": Exercise(
-        todo="Which E4M3 code, from 0 to 255, has -0.3?",
+        todo="To which E4M3 code, from 0 to 255, does -0.3 round?",
         solution=170,
         agrees=same_number,
         praise="Ten steps of 0.03125 are 0.3125: mantissa 010, exponent field 5, and the sign adds 128.",
         slips=(
             Slip(42, "That is +0.3. The sign bit is the first of eight: it adds 128."),
             Slip(169, "0.3 is 9.6 steps of 0.03125. Round to the nearest, do not cut off."),
-            Slip(178, "The exponent field is one too large: 0.25 is 2 to the power of -2, and -2 + 7 is 5."),
+            Slip(
+                178,
+                "The exponent field of 0.25 is -2 + 7 = 5. If you had that: eight of the ten steps are the "
+                "hidden 1, and only two go into the mantissa.",
+            ),
             Slip(162, "The exponent field is one too small: 0.25 is 2 to the power of -2, and -2 + 7 is 5."),
-            Slip(186, "The hidden 1 is eight of the ten steps; only the two above it go into the mantissa."),
         ),
         fallback="Between which powers of two is 0.3? A step is an eighth of the lower one. How many steps is it?",
     ),
@@ -132,13 +135,15 @@ EXERCISES = {
         fallback="x.clamp(low, high) brings numbers into range; then hand the result to cast.",
     ),
     "01.5": Exercise(
-        todo='Which check catches rounding by cutting off? Answer "a", "b" or "c".',
+        todo='Which check catches rounding every tie up? Answer "a", "b" or "c".',
         solution="c",
         praise="63 of the 126 midpoints go the wrong way, and only numbers that are midpoints can show it.",
         agrees=same_letter,
         slips=(
             Slip("a", "Numbers that are in the format need no rounding, so any way of rounding passes."),
-            Slip("b", "A random FP32 number is hardly ever exactly half way: 20,000 of them meet no tie."),
+            Slip(
+                "b", "A random FP32 number is hardly ever exactly half way: 20,000 of them, cast to E4M3, meet no tie."
+            ),
         ),
         fallback='Answer with one letter, "a", "b" or "c".',
     ),

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "accumulation": ["accumulator", "error_curves"],
         "course_map": ["COURSE", "course_map"],
         "bits": ["bit_explorer"],
+        "fp8_runs": ["run_curves", "token_errors"],
         "formats": ["code_histogram", "format_errors", "format_values", "formats_bar"],
         "outliers": ["error_against_outlier", "outlier_explorer"],
         "style": ["INK", "PALETTE", "use_style"],

@@ -88,7 +88,7 @@ def accumulator_sheet(records: Mapping, data: str, bits: int, every: int) -> She
         Line(((14, 60), (40, 60)), GREY, 5),
         Words(46, 64, "exact sum", size=12),
         Line(((130, 60), (156, 60)), blue, 2, (7, 3)),
-        Words(162, 64, "promoted total and register", size=12),
+        Words(162, 64, "register (with the total, if promoted)", size=12),
         *y_axis(up, LEFT, RIGHT),
         _curve(record.products, record.exact, across, up, GREY, 5, "exact"),
         _curve(record.products, record.register, across, up, blue, 2, "register", (7, 3)),

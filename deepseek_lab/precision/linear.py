@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .formats import E4M3, FloatFormat
 from .matmul import fp8_matmul
 from .policy import PrecisionPolicy
 from .scaling import BLOCK, BlockScaled, quantize
 
 V3 = PrecisionPolicy()
-TILES = {"tile": (1, BLOCK), "block": (BLOCK, BLOCK)}  # (rows, columns) that share a scale; "tensor": all of them
+
+#: Gradients are multiplied by this before they are scaled. A loss is a mean over tokens, so its gradients lie far below
+#: the 1e-4 at which `quantize` stops to follow the largest value of a tile; a power of two only moves exponents.
+LIFT = 2.0**40
 
 Narrow = BlockScaled | Tensor  # FP8 codes with scales, or a BF16 tensor
 
@@ -111,22 +113,28 @@ def weight_product(gradient: Narrow, x: Narrow, policy: PrecisionPolicy) -> Tens
 # Narrow and wide again ---------------------------------------------------------------------------------------------
 
 
-def narrow(x: Tensor, kind: str, policy: PrecisionPolicy, fmt: FloatFormat = E4M3) -> Narrow:
-    """Return a matrix in BF16, or as FP8 codes with one scale per "tile", "block" or "tensor"."""
+def narrow(x: Tensor, kind: str, policy: PrecisionPolicy) -> Narrow:
+    """Return activations or weights, a matrix, in BF16, or as E4M3 codes with one scale per `kind` of part."""
     if policy.products == "bf16":
         return x.bfloat16()
-    shared = TILES.get(kind) or tuple(max(size, 1) for size in x.shape)
-    return quantize(x, shared, policy.scale, fmt, nonfinite="pass")
+    return quantize(x, shared_by(x, kind), policy.scale, nonfinite="pass")
+
+
+def shared_by(x: Tensor, kind: str) -> tuple[int, int]:
+    """Return how many rows and columns of a matrix share a scale: a "tile" of 1 x 128, a "block", the "tensor"."""
+    return {"tile": (1, BLOCK), "block": (BLOCK, BLOCK)}.get(kind) or tuple(max(size, 1) for size in x.shape)
 
 
 def narrow_gradient(gradient: Tensor, policy: PrecisionPolicy, along: str = "outputs") -> Narrow:
     """Return dy with tiles along the "outputs", for dx, or along the "tokens", for dW.
 
-    With blocks, or one scale for all, both are the same codes.
+    With blocks, or one scale for all, both are the same codes. Gradients of 1e26 and more count as infinite.
     """
-    if along == "tokens" and policy.products == "fp8" and policy.gradients == "tile":
-        return quantize(gradient, (BLOCK, 1), policy.scale, policy.gradient_format, nonfinite="pass")
-    return narrow(gradient, policy.gradients, policy, policy.gradient_format)
+    if policy.products == "bf16":
+        return gradient.bfloat16()
+    tile = (BLOCK, 1) if along == "tokens" and policy.gradients == "tile" else shared_by(gradient, policy.gradients)
+    lifted = quantize(gradient.float() * LIFT, tile, policy.scale, policy.gradient_format, nonfinite="pass")
+    return lifted._replace(scales=lifted.scales / LIFT)
 
 
 def along_tokens(x: Narrow, policy: PrecisionPolicy) -> Narrow:

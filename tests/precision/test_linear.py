@@ -49,6 +49,12 @@ def twice_rounded(x, **how):
     return quantize_tiles(quantize_tiles(x, **how).dequantize(), axis=-2, **how)
 
 
+def tiles_of_gradient(dy, tile, **how):
+    """Gradients in tiles whose scales follow them down to the smallest: by 2^40 up, and their scales down again."""
+    lifted = quantize(dy * 2.0**40, tile, **how)
+    return lifted._replace(scales=lifted.scales / 2.0**40)
+
+
 def relative(ours, theirs):
     return ((ours - theirs).norm() / theirs.norm()).item()
 
@@ -60,9 +66,9 @@ def test_the_products_are_those_of_the_quantised_operands_bit_for_bit(scale):
     how = {"scale": scale}
     codes = quantize_blocks(weight, **how)
     assert torch.equal(y, fp8_matmul(quantize_tiles(x, **how), codes))
-    assert torch.equal(dx, quantize_tiles(dy, **how).dequantize() @ codes.dequantize())
+    assert torch.equal(dx, tiles_of_gradient(dy, (1, 128), **how).dequantize() @ codes.dequantize())
     kept = twice_rounded(x, **how)
-    assert torch.equal(dw, quantize_tiles(dy, axis=-2, **how).dequantize().T @ kept.dequantize())
+    assert torch.equal(dw, tiles_of_gradient(dy, (128, 1), **how).dequantize().T @ kept.dequantize())
 
 
 @pytest.mark.parametrize("promote_every", [32, 128])
@@ -71,8 +77,8 @@ def test_the_h800_adds_up_all_three_products(promote_every):
     y, dx, dw = three_products(x, weight, dy, V3.replace(accumulator="h800", promote_every=promote_every))
     codes, how = quantize_blocks(weight), ("h800", promote_every)
     assert torch.equal(y, fp8_matmul(quantize_tiles(x), codes, *how))
-    assert torch.equal(dx, fp8_matmul(quantize_tiles(dy), codes.T, *how))
-    assert torch.equal(dw, fp8_matmul(quantize_tiles(dy, axis=-2).T, twice_rounded(x).T, *how))
+    assert torch.equal(dx, fp8_matmul(tiles_of_gradient(dy, (1, 128)), codes.T, *how))
+    assert torch.equal(dw, fp8_matmul(tiles_of_gradient(dy, (128, 1)).T, twice_rounded(x).T, *how))
 
 
 def test_without_promotion_a_long_sum_over_tokens_loses_more():
@@ -105,6 +111,14 @@ def test_eight_bits_cost_a_few_per_cent_and_sixteen_a_few_per_mille():
     for policy, least, most in ((V3, 0.01, 0.06), (PrecisionPolicy(products="bf16"), 0.001, 0.005)):
         for ours, theirs in zip(three_products(*operands(), policy), exact, strict=True):
             assert least < relative(ours, theirs) < most
+
+
+@pytest.mark.parametrize("policy", [V3, V3.replace(accumulator="h800"), V3.replace(gradients="tensor")])
+def test_gradients_as_small_as_those_of_a_mean_over_many_tokens_keep_their_precision(policy):
+    x, weight, dy = operands()
+    _, dx, dw = three_products(x, weight, dy, policy)
+    _, small_dx, small_dw = three_products(x, weight, dy * 2.0**-33, policy)  # 1e-10 of them
+    assert torch.equal(small_dx * 2.0**33, dx) and torch.equal(small_dw * 2.0**33, dw)
 
 
 # Each rule changes what it should and nothing else -----------------------------------------------------------------
@@ -140,7 +154,7 @@ def test_gradients_of_one_block_use_the_same_codes_both_ways(kind, tile):
     x, weight, dy = operands()
     policy = V3.replace(gradients=kind, gradient_format=E5M2)
     _, dx, dw = three_products(x, weight, dy, policy)
-    codes = quantize(dy, tile, fmt=E5M2)
+    codes = tiles_of_gradient(dy, tile, fmt=E5M2)
     assert torch.equal(dx, codes.dequantize() @ quantize_blocks(weight).dequantize())
     assert torch.equal(dw, codes.dequantize().T @ twice_rounded(x).dequantize())
 
@@ -148,7 +162,7 @@ def test_gradients_of_one_block_use_the_same_codes_both_ways(kind, tile):
 def test_one_scale_for_the_activations_is_not_rounded_twice():
     x, weight, dy = operands()
     dw = three_products(x, weight, dy, V3.replace(activations="tensor"))[2]
-    assert torch.equal(dw, quantize_tiles(dy, axis=-2).dequantize().T @ quantize_tensor(x).dequantize())
+    assert torch.equal(dw, tiles_of_gradient(dy, (128, 1)).dequantize().T @ quantize_tensor(x).dequantize())
 
 
 # What is kept ------------------------------------------------------------------------------------------------------
@@ -273,8 +287,8 @@ def test_ragged_sizes_give_the_products_of_the_quantised_operands(tokens, width,
     y, dx, dw = three_products(x, weight, dy, V3)
     codes = quantize_blocks(weight).dequantize()
     torch.testing.assert_close(y, quantize_tiles(x).dequantize() @ codes.T)
-    torch.testing.assert_close(dx, quantize_tiles(dy).dequantize() @ codes)
-    torch.testing.assert_close(dw, quantize_tiles(dy, axis=-2).dequantize().T @ twice_rounded(x).dequantize())
+    torch.testing.assert_close(dx, tiles_of_gradient(dy, (1, 128)).dequantize() @ codes)
+    torch.testing.assert_close(dw, tiles_of_gradient(dy, (128, 1)).dequantize().T @ twice_rounded(x).dequantize())
 
 
 # Rounding alone ----------------------------------------------------------------------------------------------------
