@@ -88,6 +88,8 @@ LLAMA_405B_CACHE_PER_TOKEN = fact(
     f"{_INSIGHTS}, table 1",
     "printed as 516.096 KB; the 7.28x printed beside it should be 7.34x",
 )
+V2_SMALL_MLA_CACHE = fact(15_600, "numbers per token", f"{_V2}, table 9", "printed as 15.6K; the small model, latents")
+V2_SMALL_MHA_CACHE = fact(110_600, "numbers per token", f"{_V2}, table 9", "printed as 110.6K; the small model, MHA")
 FP8_LATENT_PER_TOKEN_AND_LAYER = fact(
     656,
     "bytes per token and layer",
@@ -100,6 +102,42 @@ V2_CACHE_REDUCTION = fact(
     "fraction saved against DeepSeek 67B",
     f"{_V2}, abstract",
     "with 6-bit cache quantisation; the element count alone gives 0.822",
+)
+
+#: Three dense models of about 7B parameters on 1.33T tokens, alike but for the heads that share keys: by the benchmark.
+_SHARED_HEADS = {
+    "MHA": {"BBH": 37.0, "MMLU": 45.2, "C-Eval": 42.9, "CMMLU": 43.5},
+    "GQA, 8 groups": {"BBH": 35.6, "MMLU": 41.2, "C-Eval": 37.7, "CMMLU": 38.4},
+    "MQA": {"BBH": 33.2, "MMLU": 37.9, "C-Eval": 30.0, "CMMLU": 34.6},
+}
+V2_SHARED_HEADS: dict[str, dict[str, Fact]] = {
+    heads: {name: fact(value, "points", f"{_V2}, table 8") for name, value in scores.items()}
+    for heads, scores in _SHARED_HEADS.items()
+}
+V2_SHARED_HEADS_PARAMETERS: dict[str, Fact] = {
+    "MHA": fact(6_900_000_000, "parameters", f"{_V2}, table 8", "printed as 6.9B"),
+    "GQA, 8 groups": fact(6_900_000_000, "parameters", f"{_V2}, table 8", "printed as 6.9B"),
+    "MQA": fact(7_100_000_000, "parameters", f"{_V2}, table 8", "printed as 7.1B"),
+}
+
+# Reading a prompt and writing an answer ----------------------------------------------------------------------------
+
+V3_PREFILL_GPUS = fact(32, "GPUs", f"{_V3}, section 3.4.1", "the smallest unit: 4 nodes")
+V3_DECODE_GPUS = fact(320, "GPUs", f"{_V3}, section 3.4.2", "the smallest unit: 40 nodes")
+V3_DECODE_EXPERT_BATCH = fact(
+    256, "tokens per expert", f"{_V3}, section 3.4.2", "usually no more; memory is the limit there, not arithmetic"
+)
+DECODE_CONTEXT = fact(
+    4_989, "tokens", "open-infra-index repository, day 6", "mean length of the cache over all output tokens of a day"
+)
+FLASHMLA_COMPUTE = fact(
+    660_000_000_000_000, "FLOP/s", "FlashMLA repository, README.md", "up to, on an H800, bound by arithmetic"
+)
+FLASHMLA_BANDWIDTH = fact(
+    3_000_000_000_000, "bytes/s", "FlashMLA repository, README.md", "up to, on an H800, bound by memory"
+)
+V3_TRAINING_FLOP = fact(
+    250e9, "FLOP per token", f"{_INSIGHTS}, table 2", "at 4,096 tokens; three times a forward pass, as usual"
 )
 
 # How V3 was trained ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import attending
 import torch
 
 from deepseek_lab import kernels, precision
@@ -108,6 +109,20 @@ def product(body, device) -> int:
     return count
 
 
+def attention(body, device) -> int:
+    """Heads and slots that fill no block and no tile, lengths of 0 and 1, memories that lie apart; within the bound."""
+    count = 0
+    for kind, (heads, slots, latent, rope) in itertools.product(attending.MEMORIES, [(5, 19, 6, 2), (3, 9, 130, 3)]):
+        q, memory, joint = attending.case(kind, 3, heads, slots, latent, rope, seed=10)
+        lengths, there = torch.tensor([slots, 0, 1]), [part.to(device) for part in memory]
+        got = attending.attend(body, q.to(device), there, lengths.to(device), 0.3, latent)
+        assert got.device == q.to(device).device
+        share = attending.worst(got.cpu(), q, joint, lengths, 0.3, latent)
+        assert share <= 1, f"{kind}: {share} of the bound"
+        count += got.numel()
+    return count
+
+
 def nothing(body, device) -> int:
     """Tensors without elements, with and without the other axis."""
     fmt, scales = FORMATS["E4M3"], torch.ones(3, 0, device=device)
@@ -135,6 +150,7 @@ CHECKS = {
         quantize_to_powers_of_two,
         quantize_nan_and_infinity,
         product,
+        attention,
         nothing,
         chosen,
     )

@@ -28,6 +28,24 @@ from IPython.display import display
 display(lab.widgets.outlier_explorer())
 lab.widgets.bit_explorer("E4M3", 0.1)
 """
+# Three pictures of caches: two count only, the third shows a pool of blocks after each operation on it.
+CACHES = """
+import torch
+import deepseek_lab as lab
+from IPython.display import display
+from deepseek_lab.attention import BlockPool, PagedCache, pool_step
+config = lab.PRESETS["tiny"]
+pool = BlockPool(config, 16, block_size=16)
+cache, steps = PagedCache(pool), [pool_step(pool, "an empty pool")]
+cache.append(torch.ones(1, 100, config.latent_width))
+steps.append(pool_step(pool, "append 100 tokens to sequence 0"))
+fork = cache.fork(0, 0)
+steps.append(pool_step(pool, "fork it twice"))
+fork.append(torch.ones(2, 9, config.latent_width))
+steps.append(pool_step(pool, "append 9 tokens to both forks"))
+display(lab.widgets.cache_race(), lab.widgets.absorption_explorer())
+lab.widgets.paged_cache(steps)
+"""
 
 
 def lab_command(*variables: str) -> list[str]:
@@ -151,13 +169,13 @@ def test_the_memory_bar_fits_a_column_of_600_pixels(start, picture):
 
 @pytest.fixture(scope="module")
 def one_cell(lab):
-    """Notebooks of one cell each, beside the course: replay.ipynb and explorers.ipynb."""
+    """Notebooks of one cell each, beside the course: replay.ipynb, explorers.ipynb and caches.ipynb."""
     import nbformat
 
     url, token = lab
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     headers = {"Authorization": f"token {token}", "Content-Type": "application/json"}
-    for name, source in (("replay", REPLAY), ("explorers", EXPLORERS)):
+    for name, source in (("replay", REPLAY), ("explorers", EXPLORERS), ("caches", CACHES)):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip())], metadata=kernel)
         body = json.dumps({"type": "notebook", "content": notebook}).encode()
         request = urllib.request.Request(f"{url}/api/contents/notebooks/{name}.ipynb", body, headers, method="PUT")
@@ -243,6 +261,59 @@ def test_a_typed_number_sets_the_bits_and_a_pressed_bit_the_number(bits):
     assert len(ends) == 32 and max(box["x"] + box["width"] for box in ends) <= place["x"] + place["width"] + 8
     assert picture.bounding_box() == place, "the page jumps when the format changes"
     assert (bits.errors, bits.outside) == ([], [])
+
+
+@pytest.fixture(scope="module")
+def caches(open_notebook, one_cell):
+    """The page with the pictures of caches, 600 pixels wide."""
+    notebook = open_notebook("caches.ipynb").run_all()
+    notebook.page.set_viewport_size({"width": 600, "height": 1000})
+    yield notebook
+    assert (notebook.errors, notebook.outside) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("widget", "sliders"),
+    [
+        ("cache-race", ("tokens", "batch")),
+        ("absorption-explorer", ("context", "batch", "heads", "latent")),
+        ("paged-cache", ("operation",)),
+    ],
+)
+def test_the_pictures_of_caches_follow_their_sliders_by_keyboard(caches, widget, sliders):
+    box = caches.page.locator(f".{widget}")
+    picture = box.locator("svg[role=img]")
+    picture.scroll_into_view_if_needed()
+    says, place = picture.get_attribute("aria-label"), picture.bounding_box()
+    for slider in sliders:
+        handle = box.locator(".widget-slider", has_text=slider).locator(".noUi-handle")
+        handle.focus()
+        caches.press("ArrowRight")
+        says = changed(picture, says)
+        assert spoken(handle)[0] == slider
+    caches.shot(widget.replace("-", "_"))
+    assert picture.bounding_box() == place, "the page jumps when the picture changes"
+    assert place["x"] >= 0 and place["x"] + place["width"] <= 600
+
+
+@pytest.mark.parametrize(("widget", "slider"), [("cache-race", "tokens"), ("paged-cache", "operation")])
+def test_a_picture_is_played_and_stopped_by_keyboard(caches, widget, slider):
+    box = caches.page.locator(f".{widget}")
+    picture, handle = box.locator("svg[role=img]"), box.locator(".noUi-handle").first
+    handle.focus()
+    caches.press("Home")
+    caches.page.wait_for_timeout(1_000)  # the slider may have stood there already
+    says = picture.get_attribute("aria-label")
+    box.get_by_role("button", name="play").focus()
+    caches.press("Space")
+    says = changed(picture, changed(picture, says))
+    caches.shot(f"{widget.replace('-', '_')}_playing")
+    box.get_by_role("button", name="pause").focus()
+    caches.press("Space")
+    caches.page.wait_for_timeout(1_500)
+    says = picture.get_attribute("aria-label")
+    caches.page.wait_for_timeout(1_500)
+    assert picture.get_attribute("aria-label") == says, "it goes on after the pause"
 
 
 def test_a_missing_browser_is_skipped_for_a_learner_and_fails_in_ci(monkeypatch):

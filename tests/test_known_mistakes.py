@@ -12,7 +12,7 @@ from references import LATENT, LLAMA, cached_logits, difference, published_logit
 
 from deepseek_lab import precision
 from deepseek_lab.attention import GroupedCache, LatentAttention, LatentCache, grouped, latent
-from deepseek_lab.attention.caches import new_cache
+from deepseek_lab.attention.layouts import new_cache
 from deepseek_lab.experts import Router, Routing
 from deepseek_lab.model import Transformer
 from deepseek_lab.presets import PRESETS
@@ -95,7 +95,7 @@ def cached_equals_uncached(pair) -> bool:
 def test_a_mask_that_hides_the_past_from_a_single_token_is_caught_by_cached_equals_uncached(any_pair, monkeypatch):
     assert cached_equals_uncached(any_pair)
     for module in (grouped, latent):  # torch reads is_causal from the top left: one query sees only the first key
-        monkeypatch.setattr(module, "causal_mask", lambda x, total: {"is_causal": True})
+        monkeypatch.setattr(module, "causal_mask", lambda *_: {"is_causal": True})
     with torch.no_grad():
         assert equals_the_published_implementation(any_pair)  # without a cache nothing looks wrong
     absorbs = any_pair[1].config.uses_latent_attention  # one token in the absorbed form needs no mask at all

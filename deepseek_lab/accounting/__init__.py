@@ -5,9 +5,20 @@ keys it used and its source. `measured` counts the same parts on live objects an
 """
 
 # Imported at once, and in this order: a function that shares its module's name must be what `accounting.<name>` finds.
+from .decode import decode_step, equal_ridge
 from .ledger import Ledger, Line
 from .memory import checkpoint_elements, kv_cache, weights
 from .memory_state import MemoryState
 from .parameters import parameters
 
-__all__ = ["Ledger", "Line", "MemoryState", "checkpoint_elements", "kv_cache", "parameters", "weights"]
+__all__ = [
+    "Ledger",
+    "Line",
+    "MemoryState",
+    "checkpoint_elements",
+    "decode_step",
+    "equal_ridge",
+    "kv_cache",
+    "parameters",
+    "weights",
+]

@@ -69,6 +69,7 @@ def kv_cache(
     layout: str | None = None,
     dtype: str = "bf16",
     with_mtp: bool = False,
+    block_size: int = 1,
 ) -> Ledger:
     """Return the bytes of the key-value cache for `batch` sequences of `tokens` tokens each.
 
@@ -79,6 +80,7 @@ def kv_cache(
     - "latent_fp8": the latent as FP8 codes with an FP32 scale per 128, the rope key in BF16 (656 bytes in V3);
     - None: "latent" or "grouped", whichever the model has.
     dtype: "bf16", "fp16" or "fp32". with_mtp: the MTP modules keep a cache as well. V3, latent: 70,272 bytes per token.
+    block_size: tokens per block of a paged cache, where each sequence takes whole blocks and shares none.
     Raises ValueError for a layout that the model cannot have, naming those it can.
     """
     refuse_other_than_config(config)
@@ -87,18 +89,19 @@ def kv_cache(
     if reason:
         raise ValueError(reason)
     if dtype not in BYTES or (layout == "latent_fp8" and dtype != "bf16"):
-        advice = (
-            "leave it out: latent_fp8 fixes its own types" if dtype in BYTES else f"choose one of {', '.join(BYTES)}"
-        )
+        own = "leave it out: latent_fp8 fixes its own types"
+        advice = own if dtype in BYTES else f"choose one of {', '.join(BYTES)}"
         fp8 = "; FP8 exists as layout='latent_fp8'" if dtype == "fp8" else ""
         raise ValueError(f"dtype={dtype!r} does not go with layout={layout!r}; {advice}{fp8}")
-    for name, value, least in (("tokens", tokens, 0), ("batch", batch, 1)):
+    for name, value, least in (("tokens", tokens, 0), ("batch", batch, 1), ("block_size", block_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}; choose a whole number >= {least}")
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if with_mtp else 0)
     keys = ("num_hidden_layers", *(("num_nextn_predict_layers",) if with_mtp else ()))
-    before = " × ".join(_plural(n, word) for n, word in ((batch, "sequence"), (tokens, "token"), (layers, "layer")))
-    copies = batch * tokens * layers
+    blocks = -(-tokens // block_size)
+    room = ((tokens, "token"),) if block_size == 1 else ((blocks, "block"), (block_size, "token"))
+    before = " × ".join(_plural(n, word) for n, word in ((batch, "sequence"), *room, (layers, "layer")))
+    copies = batch * blocks * block_size * layers
     lines = [
         Line(part, copies * size, "bytes", f"{before} × {text}", (*keys, *used), _CACHE_SOURCES[layout])
         for part, size, text, used in _per_token_and_layer(config, layout, dtype)

@@ -8,24 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .caches import GroupedCache
-from .rope import RotaryTable, rotate_halves, softmax_scale
-
-
-def causal_mask(x: Tensor, total: int) -> dict:
-    """What `scaled_dot_product_attention` must be told so that x, the last of `total` tokens, looks back only."""
-    tokens = x.shape[1]
-    if tokens == total:
-        return {"is_causal": True}
-    if tokens == 1:
-        return {}
-    return {"attn_mask": x.new_ones(tokens, total, dtype=bool).tril(total - tokens)}
+from .caches import ExpandedCache, GroupedCache
+from .masks import causal_mask, check_positions
+from .rope import RotaryTable, rotate_halves, softmax_scale, turns_of_heads
 
 
 class GroupedAttention(nn.Module):
     """Grouped-query attention with rotary positions, as in Llama 3 and (with biases on q, k, v) Qwen 2.
 
-    forward(x [batch, token, hidden], positions [token], cache=None) -> [batch, token, hidden].
+    forward(x [batch, token, hidden], positions [token] or [batch, token], cache=None, hidden=None)
+    -> [batch, token, hidden].
+    hidden: which slots of the cache, new ones included, are padding [batch, slot]; see `masks`.
+    Raises ValueError, with the cache as it was, for positions that go back or a cache of another model or batch.
     """
 
     def __init__(self, config: ModelConfig):
@@ -42,18 +36,25 @@ class GroupedAttention(nn.Module):
         self.rotary = RotaryTable(config)
         self.scale = softmax_scale(config)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: GroupedCache | None = None) -> Tensor:
-        turns = self.rotary(positions)
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: GroupedCache | ExpandedCache | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        mask = causal_mask(x, x.shape[1] + (cache.length if cache is not None else 0), hidden)
+        check_positions(x, positions, cache, hidden)
+        turns = turns_of_heads(self.rotary(positions))
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.config.qk_head_dim)).transpose(1, 2)  # [batch, head, token, head_dim]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate_halves(q, turns), rotate_halves(k, turns)
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v = (kept.to(x.dtype) for kept in cache.append(k.to(cache.dtype), v.to(cache.dtype)))
         q, k, v = self.round_core(q), self.round_core(k), self.round_core(v)
-        shared = self.config.num_key_value_heads != self.config.num_attention_heads
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=shared, **causal_mask(x, k.shape[2]))
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1], **mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def round_core(self, x: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..precision.linear import weight_in_use
-from .caches import LatentCache
-from .grouped import causal_mask
+from .caches import ExpandedCache, LatentCache
+from .masks import causal_mask, check_positions
 from .norm import RMSNorm
-from .rope import RotaryTable, rotate_halves, rotate_pairs, softmax_scale
+from .rope import RotaryTable, rotate_halves, rotate_pairs, softmax_scale, turns_of_heads
 
 LATENT_EPS = 1e-6
 
@@ -28,8 +28,12 @@ LATENT_EPS = 1e-6
 class LatentAttention(nn.Module):
     """MLA with decoupled rotary positions, with or without a query latent (`q_lora_rank`).
 
-    forward(x [batch, token, hidden], positions [token], cache=None, absorb=None) -> [batch, token, hidden].
-    absorb: True or False picks the way of computing; None takes the absorbed one for a single token with a cache.
+    forward(x [batch, token, hidden], positions [token] or [batch, token], cache=None, absorb=None, hidden=None)
+    -> [batch, token, hidden].
+    absorb: True or False picks the way of computing; None takes the absorbed one for a single token with a cache of
+    latents. hidden: which slots of the cache, new ones included, are padding [batch, slot]; see `masks`.
+    Raises ValueError, with the cache as it was, for positions that go back, a cache of another model or batch, and
+    absorb=True where the cache holds keys and values: these are rebuilt, there is no latent left to attend to.
     """
 
     def __init__(self, config: ModelConfig):
@@ -55,15 +59,29 @@ class LatentAttention(nn.Module):
         self.scale = softmax_scale(config)
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: LatentCache | None = None, absorb: bool | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: LatentCache | ExpandedCache | None = None,
+        absorb: bool | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        q_nope, q_rope, joint = self._project(x, positions)
-        if cache is not None:
-            joint = cache.append(joint.to(cache.dtype)).to(x.dtype)
+        rebuilt = isinstance(cache, ExpandedCache)
+        if absorb and rebuilt:
+            raise ValueError("absorb=True with an ExpandedCache, which holds keys and values and no latents; pass "
+                             "absorb=False, or a cache of latents (layout 'latent')")  # fmt: skip
+        mask = causal_mask(x, x.shape[1] + (cache.length if cache is not None else 0), hidden)
+        check_positions(x, positions, cache, hidden)
+        q_nope, q_rope, memory = self._project(x, positions)
+        if rebuilt:
+            k, v = self._rebuild(memory)
+            memory = tuple(kept.to(x.dtype) for kept in cache.append(k.to(cache.dtype), v.to(cache.dtype)))
+        elif cache is not None:
+            memory = cache.append(memory.to(cache.dtype)).to(x.dtype)
         if absorb is None:
-            absorb = cache is not None and x.shape[1] == 1
+            absorb = cache is not None and not rebuilt and x.shape[1] == 1
         attend = self._attend_absorbed if absorb else self._attend_expanded
-        return self.o_proj(attend(x, q_nope, q_rope, joint))
+        return self.o_proj(attend(mask, q_nope, q_rope, memory))
 
     def round_core(self, x: Tensor) -> Tensor:
         """What becomes of queries, keys and values [..., channel] before they meet; see `model.apply_policy`."""
@@ -79,22 +97,28 @@ class LatentAttention(nn.Module):
         latent, rope_key = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         # The latent is normalised, the rope key is not: it is small and shared, and the code never did.
         joint = torch.cat([self.kv_a_layernorm(latent), self.rotate(rope_key, turns)], dim=-1)
-        return q_nope, self.rotate(q_rope, turns), joint
+        return q_nope, self.rotate(q_rope, turns_of_heads(turns)), joint
 
-    def _attend_expanded(self, x: Tensor, q_nope: Tensor, q_rope: Tensor, joint: Tensor) -> Tensor:
+    def _rebuild(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of every head [batch, head, token, .] from latents and rope keys."""
         c = self.config
         latent, rope_key = joint.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
-        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)  # [batch, head, token, .]
-        k = torch.cat([k_nope, rope_key[:, None].expand(-1, c.num_attention_heads, -1, -1)], dim=-1)
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
+        return torch.cat([k_nope, rope_key[:, None].expand(-1, c.num_attention_heads, -1, -1)], dim=-1), v
+
+    def _attend_expanded(self, mask: dict, q_nope: Tensor, q_rope: Tensor, memory: Tensor | tuple) -> Tensor:
+        """Attend with keys and values per head; memory: latents and rope keys, or the keys and values themselves."""
+        c = self.config
+        k, v = self._rebuild(memory) if isinstance(memory, Tensor) else memory
         q = torch.cat([q_nope, q_rope], dim=-1)
         q, k, v = self.round_core(q), self.round_core(k), self.round_core(v)
         # Torch's fused kernel wants values as wide as keys; columns of zeros change nothing and are cut off again.
         v = F.pad(v, (0, max(c.qk_head_dim - c.v_head_dim, 0)))
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, **causal_mask(x, k.shape[2]))
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, **mask)
         return out[..., : c.v_head_dim].transpose(1, 2).flatten(2)
 
-    def _attend_absorbed(self, x: Tensor, q_nope: Tensor, q_rope: Tensor, joint: Tensor) -> Tensor:
+    def _attend_absorbed(self, mask: dict, q_nope: Tensor, q_rope: Tensor, joint: Tensor) -> Tensor:
         c = self.config
         B, H, T, _ = q_nope.shape
         rebuild = weight_in_use(self.kv_b_proj).unflatten(0, (H, -1))  # [head, nope + v, latent]
@@ -104,11 +128,10 @@ class LatentAttention(nn.Module):
         q, joint = self.round_core(torch.cat([q_latent, q_rope], dim=-1)), self.round_core(joint)
         q = q.view(B, H * T, c.latent_width)
         scores = torch.bmm(q, joint.transpose(1, 2)).view(B, H, T, -1) * self.scale
-        mask = causal_mask(x, joint.shape[1])
         if mask:
-            allowed = mask.get("attn_mask", x.new_ones(T, T, dtype=torch.bool).tril())
+            allowed = mask.get("attn_mask", scores.new_ones(T, T, dtype=torch.bool).tril())
             scores = scores.masked_fill(~allowed, float("-inf"))
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(joint.dtype)
         mixed = torch.bmm(weights.view(B, H * T, -1), joint[..., : c.kv_lora_rank])  # one latent per head and token
         mixed = mixed.view(B, H, T, -1).transpose(0, 1).reshape(H, B * T, -1)
         out = torch.bmm(mixed, w_uv.transpose(1, 2))  # [head, batch * token, v]

@@ -80,7 +80,8 @@ def softmax_scale(config: ModelConfig) -> float:
 class RotaryTable:
     """The turn of every pair at every position asked for so far; grows when a later position comes.
 
-    Calling it with positions [token] returns exp(i * position * theta), [token, rotary_dim / 2] complex64.
+    Calling it with positions [token] or [batch, token] returns exp(i * position * theta), [..., rotary_dim / 2]
+    complex64.
     """
 
     def __init__(self, config: ModelConfig):
@@ -89,8 +90,8 @@ class RotaryTable:
         self._turns = torch.empty(0, len(self.frequencies), dtype=torch.complex64, device="cpu")
 
     def __call__(self, positions: Tensor) -> Tensor:
-        first, last = int(positions[0]), int(positions[-1])
-        consecutive = len(positions) == 1 or bool((positions.diff() == 1).all())
+        first, last = (int(p) for p in (positions.flatten()[0], positions.flatten()[-1]))
+        consecutive = positions.dim() == 1 and (len(positions) == 1 or bool((positions.diff() == 1).all()))
         longest = last if consecutive else int(positions.max())
         if longest >= len(self._turns) or self._turns.device != positions.device:
             self._grow(max(longest + 1, 2 * len(self._turns), 256), positions.device)
@@ -104,11 +105,16 @@ class RotaryTable:
             self._turns = torch.polar(torch.full_like(angles, self.scale), angles)
 
 
+def turns_of_heads(turns: Tensor) -> Tensor:
+    """Make turns of positions [token] or [batch, token] fit what has heads: [batch, head, token, .]."""
+    return turns.unsqueeze(1) if turns.dim() == 3 else turns
+
+
 def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
     """Turn neighbouring pairs (x0, x1), (x2, x3), ...: DeepSeek's layout.
 
-    x: [..., token, rotary_dim]; turns: [token, rotary_dim / 2] complex64. A pair is read as one complex number, so a
-    turn is a multiplication. Returns the shape and dtype of x.
+    x: [..., token, rotary_dim]; turns: complex64, [token, rotary_dim / 2] or what fits x (`turns_of_heads`). A pair is
+    read as one complex number, so a turn is a multiplication. Returns the shape and dtype of x.
     """
     own = x.float().unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)  # a view may begin amid a pair
     pairs = torch.view_as_complex(own)

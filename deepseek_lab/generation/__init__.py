@@ -1,5 +1,5 @@
 """Two phases: read the prompt at once (prefill), then write one token at a time (decode)."""
 
-from .decode import generate, sample
+from .decode import first_difference, generate, sample
 
-__all__ = ["generate", "sample"]
+__all__ = ["first_difference", "generate", "sample"]

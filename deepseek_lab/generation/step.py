@@ -33,14 +33,18 @@ class Unsupported(Exception):
 
 
 class ModelStep:
-    """The definition of right: step(tokens [batch], caches) -> logits [batch, vocab], by the model itself."""
+    """The definition of right: step(tokens [batch], caches) -> logits [batch, vocab], by the model itself.
 
-    def __init__(self, model: Transformer):
-        self._model = model
+    hidden [batch, slot] bool: which slots are padding, as many slots as will ever be needed; see `Transformer`.
+    """
+
+    def __init__(self, model: Transformer, hidden: Tensor | None = None):
+        self._model, self._hidden = model, hidden
 
     def __call__(self, tokens: Tensor, caches: list) -> Tensor:
+        hidden = None if self._hidden is None else self._hidden[:, : caches[0].length + 1]
         with torch.inference_mode():
-            return self._model(tokens[:, None], caches)[:, -1]
+            return self._model(tokens[:, None], caches, hidden)[:, -1]
 
 
 class CompiledStep:
@@ -180,13 +184,21 @@ class CompiledStep:
         return gate, up, self._weight(n.down_proj, d, width)
 
 
-def decode_step(model: Transformer, batch: int) -> ModelStep | CompiledStep:
-    """Return what writes the next token of `batch` texts fastest: compiled kernels where they serve, else the model."""
+def decode_step(
+    model: Transformer, batch: int, caches: list | None = None, hidden: Tensor | None = None
+) -> ModelStep | CompiledStep:
+    """Return what writes the next token of `batch` texts fastest: compiled kernels where they serve, else the model.
+
+    The kernels know float32 latents side by side, and texts of equal length: where `caches` (None: the model's own
+    kind) are others, or some slots are `hidden`, the model itself is returned.
+    """
     small = batch * model.config.hidden_size**2 <= LARGEST_WORK
-    if active() == "numba" and small and model.config.uses_latent_attention and not torch.is_autocast_enabled("cpu"):
+    plain = hidden is None and all(type(cache) is LatentCache for cache in caches or ())
+    known = plain and model.config.uses_latent_attention and not torch.is_autocast_enabled("cpu")
+    if active() == "numba" and small and known:
         with contextlib.suppress(Unsupported):
             return CompiledStep(model, body())
-    return ModelStep(model)
+    return ModelStep(model, hidden)
 
 
 def _expect(module: nn.Module, kind: type):

@@ -35,12 +35,21 @@ def compile_fp8(kernels) -> None:
     kernels.product(codes, codes, scales, scales, 32)
 
 
+def compile_attention(kernels) -> None:
+    """Call the kernel of attention once for each way of keeping a memory."""
+    q, memory, scales = torch.ones(1, 1, 2), torch.ones(1, 1, 2, dtype=torch.bfloat16), torch.ones(1, 1, 1)
+    for joint in (memory, memory.float()):
+        kernels.decode_attention(q, joint, 1, 1.0, 1)
+    kernels.decode_attention_fp8(q, memory[..., :1].to(torch.float8_e4m3fn), scales, memory[..., 1:], 1, 1.0)
+
+
 def main() -> None:
     start = time.perf_counter()
     decoding = body()
     if decoding is not None:
         compile_decoding(decoding)
         compile_fp8(body_for(torch.empty(0)))
+        compile_attention(body_for(torch.empty(0)))
     print(f"kernels: {active()}, ready after {time.perf_counter() - start:.1f} s")
 
 

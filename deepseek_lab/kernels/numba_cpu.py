@@ -15,6 +15,7 @@ from numba import njit
 from torch import Tensor
 
 from . import reference
+from .numba_attention import decode_attention, decode_attention_fp8  # noqa: F401
 from .numba_product import product  # noqa: F401
 
 ONE = np.uint32(1)

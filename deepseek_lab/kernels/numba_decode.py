@@ -1,6 +1,6 @@
-"""One decoded token on a CPU: a layer's attention and feed-forward network, each as one compiled call.
+"""One decoded token on a CPU: a layer's attention and feed-forward network, each compiled.
 
-Torch spends most of a small model's step on starting some 650 operations. Here a layer is two calls, and every weight
+Torch spends most of a small model's step on starting some 650 operations. Here a layer is four calls, and every weight
 is read where it lies: nothing is packed or copied. What is right is defined by attention/latent.py and experts/.
 
 Compiled functions check no index (with NUMBA_BOUNDSCHECK=1 all but `dot` do): callers check shapes first. What these
@@ -12,6 +12,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from .numba_attention import attend_memory
 
 LANES = 16
 ONE = np.float32(1.0)  # a plain 1.0 would turn everything it meets into float64
@@ -141,42 +143,40 @@ def put(x, start, y):
         x[start + j] = y[j]
 
 
-@helper
-def attend_memory(query, turn, rebuild, memory, scale):
-    """Absorbed attention of one token (LatentAttention._attend_absorbed) -> [head * v].
-
-    query [head * (nope + rope)] not yet turned, rebuild [head, nope + v, latent], memory [token, latent + rope].
-    """
-    heads, rows, latent = rebuild.shape
-    width, rope = query.size // heads, 2 * turn.shape[0]
-    nope, values = width - rope, rows - width + rope
-    out, q = np.empty(heads * values, np.float32), np.empty(latent + rope, np.float32)
-    for head in range(heads):
-        # score = q_nope . (W_UK latent) = (W_UK^T q_nope) . latent
-        own = query[head * width : (head + 1) * width]
-        put(q, 0, weighted_sum(own[:nope], rebuild[head], latent))
-        put(q, latent, rotate_pairs(own[nope:], turn))
-        weights = product(memory, q)
-        softmax(weights, np.float32(scale))
-        mixed = weighted_sum(weights, memory, latent)
-        put(out, head * values, product(rebuild[head, nope:], mixed))
-    return out
-
-
 @kernel
-def attention(x, norm, q_a, q_norm, q_b, kv_a, kv_norm, rebuild, o_proj, eps, turn, memory, length, scale):
-    """x [batch, hidden] += attention(norm(x)); row `length` of memory [batch, capacity, latent + rope] is written.
-
-    q_a [0, hidden] where the query has no latent. eps: of the layer's, the query's and the latent's norm.
-    """
-    latent = rebuild.shape[2]
+def absorb(x, norm, q_a, q_norm, q_b, kv_a, kv_norm, rebuild, eps, turn, memory, length, out):
+    """Queries of norm(x) to the memory, whose row `length` is written -> out [batch, head, latent + rope]."""
+    (heads, _, latent), width, rope = rebuild.shape, q_b.shape[0] // len(rebuild), 2 * turn.shape[0]
     for b in range(x.shape[0]):
         h = rms_norm(x[b], norm, eps[0])
         query = product(q_b, rms_norm(product(q_a, h), q_norm, eps[1]) if q_a.shape[0] > 0 else h)
         joint = product(kv_a, h)
         put(memory[b, length], 0, rms_norm(joint[:latent], kv_norm, eps[2]))
         put(memory[b, length], latent, rotate_pairs(joint[latent:], turn))
-        add(x[b], ONE, product(o_proj, attend_memory(query, turn, rebuild, memory[b, : length + 1], scale)))
+        for head in range(heads):
+            own = query[head * width : (head + 1) * width]
+            put(out[b, head], 0, weighted_sum(own[: width - rope], rebuild[head], latent))
+            put(out[b, head], latent, rotate_pairs(own[width - rope :], turn))
+
+
+@kernel
+def add_values(x, mixed, rebuild, o_proj):
+    """x [batch, hidden] += o_proj of all heads' values, rebuilt from the latents mixed [batch, head, latent]."""
+    out, values = np.empty(o_proj.shape[1], np.float32), o_proj.shape[1] // len(rebuild)
+    for b in range(x.shape[0]):
+        for head in range(len(rebuild)):
+            put(out, head * values, product(rebuild[head, -values:], mixed[b, head]))
+        add(x[b], ONE, product(o_proj, out))
+
+
+def attention(x, norm, q_a, q_norm, q_b, kv_a, kv_norm, rebuild, o_proj, eps, turn, memory, length, scale):
+    """x [batch, hidden] += attention(norm(x)); row `length` of memory [batch, capacity, latent + rope] is written.
+
+    q_a [0, hidden] where the query has no latent, rebuild [head, nope + v, latent]; eps of the three norms.
+    """
+    q = np.empty((len(x), len(rebuild), memory.shape[2]), np.float32)
+    absorb(x, norm, q_a, q_norm, q_b, kv_a, kv_norm, rebuild, eps, turn, memory, length, q)
+    add_values(x, attend_memory(q, memory, length + 1, scale, rebuild.shape[2]), rebuild, o_proj)
 
 
 @kernel

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import GroupedAttention, LatentAttention, RMSNorm
-from ..attention.caches import new_cache
+from ..attention.layouts import new_cache
+from ..attention.masks import cached_padding, check_hidden, text_positions
 from ..config import ModelConfig
 from ..experts import ExpertLayer, SwiGLU
 
@@ -25,16 +26,19 @@ class Layer(nn.Module):
         has_experts = index >= config.num_dense_layers
         self.mlp = ExpertLayer(config) if has_experts else SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, positions: Tensor, cache=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), positions, cache)
+    def forward(self, x: Tensor, positions: Tensor, cache=None, hidden: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, cache, hidden=hidden)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
     """A decoder-only language model built from a config: DeepSeek-V3, V2, or a dense Llama or Qwen 2.
 
-    model(tokens [batch, token] int64, caches=None) -> logits [batch, token, vocab]. With caches (one per layer, from
-    `new_caches`), tokens continue what the caches hold. Weights start normal with `config.initializer_range`.
+    model(tokens [batch, token] int64, caches=None, hidden=None) -> logits [batch, token, vocab]. With caches (one per
+    layer, from `new_caches`), tokens continue what the caches hold; one that does not take them raises, and all are
+    left as they were. hidden [batch, slot] bool: which slots, cached ones included, are padding between texts of
+    different lengths; each text then gets the positions and logits that it has alone.
+    Weights start normal with `config.initializer_range`.
     Raises ValueError for tokens of the wrong shape, dtype or range, or a sequence longer than the model's positions.
     """
 
@@ -53,31 +57,45 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, caches: list | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, caches: list | None = None, hidden: Tensor | None = None) -> Tensor:
         start = caches[0].length if caches else 0
-        self._check(tokens, start, caches)
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        if hidden is None and caches and tokens.dim() == 2:
+            hidden = cached_padding(caches[0], tokens.shape[1])
+        positions = self._check(tokens, start, caches, hidden)
         x = self.embed_tokens(tokens)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, positions, caches[index] if caches else None)
-        return self.lm_head(self.norm(x))
+        try:
+            for index, layer in enumerate(self.layers):
+                x = layer(x, positions, caches[index] if caches else None, hidden)
+            return self.lm_head(self.norm(x))
+        except BaseException:  # no layer keeps tokens that another one has not read
+            for cache in caches or ():
+                cache.truncate(start)
+            raise
 
-    def new_caches(self, batch: int = 1, capacity: int = 64) -> list:
-        """Return one empty cache per layer, on the model's device and in its dtype."""
+    def new_caches(self, batch: int = 1, capacity: int = 64, layout: str | None = None) -> list:
+        """Return one empty cache per layer, on the model's device and in its dtype; layouts: see `new_cache`."""
         like = self.embed_tokens.weight
-        return [new_cache(self.config, batch, capacity, like.dtype, like.device) for _ in self.layers]
+        return [new_cache(self.config, batch, capacity, like.dtype, like.device, layout) for _ in self.layers]
 
     def expert_layers(self) -> list[ExpertLayer]:
         """Return the mixture-of-experts layers, from the first to the last."""
         return [layer.mlp for layer in self.layers if isinstance(layer.mlp, ExpertLayer)]
 
-    def _check(self, tokens: Tensor, start: int, caches: list | None) -> None:
+    def _check(self, tokens: Tensor, start: int, caches: list | None, hidden: Tensor | None = None) -> Tensor:
+        """Refuse what the layers would misread; return the positions [token], or [batch, token] with padding."""
         c = self.config
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32) or not tokens.numel():
             raise ValueError(f"model got tokens of shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected "
                              "[batch, token] of int64 with at least one token")  # fmt: skip
-        if start + tokens.shape[1] > c.max_position_embeddings:
-            raise ValueError(f"{start + tokens.shape[1]} tokens exceed max_position_embeddings="
+        end = start + tokens.shape[1]
+        if hidden is None:
+            positions, longest = torch.arange(start, end, device=tokens.device), end
+        else:
+            check_hidden(hidden, len(tokens), end)
+            positions = text_positions(hidden)[:, start:]
+            longest = int(positions.max()) + 1
+        if longest > c.max_position_embeddings:
+            raise ValueError(f"{longest} tokens exceed max_position_embeddings="
                              f"{c.max_position_embeddings}; shorten the text")  # fmt: skip
         low, high = (int(v) for v in tokens.aminmax())
         if low < 0 or high >= c.vocab_size:
@@ -90,3 +108,4 @@ class Transformer(nn.Module):
         if caches and (len({id(c) for c in caches}) < len(caches) or len({c.length for c in caches}) > 1):
             raise ValueError(f"caches hold {[c.length for c in caches]} tokens, or one serves two layers; every layer "
                              "needs its own, all equally long: make new ones with model.new_caches(batch)")  # fmt: skip
+        return positions

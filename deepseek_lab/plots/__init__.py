@@ -5,7 +5,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "absorption": ["absorption_explorer"],
         "accumulation": ["accumulator", "error_curves"],
+        "cache_race": ["cache_race"],
         "course_map": ["COURSE", "course_map"],
         "bits": ["bit_explorer"],
         "fp8_runs": ["run_curves", "token_errors"],
@@ -13,8 +15,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "outliers": ["error_against_outlier", "outlier_explorer"],
         "style": ["INK", "PALETTE", "use_style"],
         "memory": ["memory_bar"],
+        "paged": ["paged_cache"],
         "parts": ["cache_growth", "parts_bar"],
         "replay": ["training_replay"],
+        "roofline": ["roofline"],
         "routes": ["expert_routes"],
         "tiles": ["shared_scales"],
         "training": ["load_map", "loss_curve"],

@@ -15,6 +15,7 @@ from .sheet_svg import sheet_svg
 #   it (ipywidgets issue 3912). An attribute on the focused element tells it to leave the keys alone.
 # - The handle of a slider has no name, and its value is an index: a screen reader is told what stands beside it.
 # - The name of a button is what stands on it, a mere 0 or 1: a screen reader is told its tooltip.
+# - The buttons of a player have an icon and no name: it is told what the icon shows, play, pause or stop.
 # The style gives read-outs their room.
 _PAGE_RULES = """<style>.{name} .widget-readout {{ min-width: {readout}px; max-width: none; }}</style>
 <img alt="" src="data:," onerror="const box = this.closest('.{name}');
@@ -23,8 +24,12 @@ const say = () => box.querySelectorAll('.widget-slider').forEach(slider => {{
     handle?.setAttribute('aria-label', slider.querySelector('.widget-label').textContent);
     handle?.setAttribute('aria-valuetext', slider.querySelector('.widget-readout').textContent);
 }});
-const name = () => box.querySelectorAll('button[title]').forEach(b => b.setAttribute('aria-label', b.title));
-new MutationObserver(name).observe(box, {{subtree: true, childList: true, attributeFilter: ['title']}});
+const name = () => {{
+    box.querySelectorAll('button[title]').forEach(b => b.setAttribute('aria-label', b.title));
+    box.querySelectorAll('.widget-play i').forEach(
+        icon => icon.parentElement.setAttribute('aria-label', icon.className.split('fa-')[1]));
+}};
+new MutationObserver(name).observe(box, {{subtree: true, childList: true, attributeFilter: ['title', 'class']}});
 name();
 box.addEventListener('focusin', event => {{
     event.target.setAttribute('data-lm-suppress-shortcuts', 'true');
@@ -81,3 +86,13 @@ def choice(kind: type, description: str, options: list[tuple], value, width: int
     """Return a labelled control of this kind: `options` as (text, value), `width` pixels, `words` of them the label."""
     layout, style = {"width": f"{width}px", "margin": "2px 4px"}, {"description_width": f"{words}px"}
     return kind(description=description, options=options, value=value, layout=layout, style=style, **more)
+
+
+def player(slider: ipywidgets.SelectionSlider) -> ipywidgets.Play:
+    """Return buttons that move a slider on by one each second, and a stop button that takes it to its beginning."""
+    play = ipywidgets.Play(
+        value=slider.index, max=len(slider.options) - 1, interval=1_000, show_repeat=False,
+        layout={"margin": "2px 4px", "width": "100px"},
+    )  # fmt: skip
+    ipywidgets.jslink((play, "value"), (slider, "index"))
+    return play

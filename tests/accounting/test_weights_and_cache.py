@@ -72,6 +72,14 @@ def test_the_cache_grows_with_tokens_and_sequences_and_with_nothing_else():
     assert kv_cache(V3, 1, dtype="fp32").total == 2 * 70_272
 
 
+def test_a_paged_cache_takes_whole_blocks_for_every_sequence():
+    assert kv_cache(V3, 130, batch=7, block_size=64).total == 7 * 192 * 70_272
+    assert kv_cache(V3, 128, batch=7, block_size=64).total == 7 * 128 * 70_272
+    assert "7 sequences × 3 blocks × 64 tokens × 61 layers" in kv_cache(V3, 130, 7, block_size=64)["latent"].formula
+    with pytest.raises(ValueError, match="block_size=0; choose a whole number >= 1"):
+        kv_cache(V3, 130, block_size=0)
+
+
 def test_a_cached_token_in_fp8_is_656_bytes_a_layer_and_not_576():
     one_layer = V3.replace(num_hidden_layers=1, first_k_dense_replace=0)
     ledger = kv_cache(one_layer, 1, layout="latent_fp8")
