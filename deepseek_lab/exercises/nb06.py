@@ -41,8 +41,9 @@ EXERCISES = {
         agrees=close,
         slips=(
             Slip(576 / 128, "A group keeps a key and a value, both of 128 numbers."),
-            Slip(2, "Not a whole number: the question is what it would come to."),
-            Slip(512 / 256, "The 64 numbers of the rope key are kept as well: 512 + 64."),
+            Slip(
+                2, "576 is a little more than two groups keep: 512 of the latent and 64 of the rope key. Do not round."
+            ),
             Slip(128 * 256 / 576, "That is how many times less than MHA with 128 heads. How many groups keep 576?"),
         ),
         fallback="One group keeps 2 times 128 numbers per token and layer.",

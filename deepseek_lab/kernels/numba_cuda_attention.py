@@ -19,7 +19,7 @@ HEADS, TILE = 4, 8  # heads of a block, slots of a tile
 PAIRS = HEADS * TILE
 PARTS = THREADS // PAIRS  # threads that share a score
 SHARED = 48 * 1024  # bytes that a block may use without asking for more
-LOG2_E = np.float32(1.44269504)
+ZERO, LOG2_E = np.float32(0), np.float32(1.44269504)
 
 if SIMULATED:
 
@@ -67,7 +67,7 @@ def attention_kernel(kind: str, latent: int, width: int):
         for i in range(thread, all_queries, THREADS):
             queries[i] = q[b, min(first_head + i // width, heads - 1), i % width] * (scale * LOG2_E)
         for i in range(thread, all_mixed, THREADS):
-            mixed[i] = np.float32(0)
+            mixed[i] = ZERO
         if thread < HEADS:
             largest[thread], total[thread] = np.float32(-np.inf), np.float32(0)
         for first in range(0, length, TILE):
@@ -89,8 +89,7 @@ def attention_kernel(kind: str, latent: int, width: int):
             cuda.syncthreads()
         for i in range(thread, all_mixed, THREADS):
             if first_head + i // latent < heads:
-                answer = mixed[i] / total[i // latent] if length > 0 else np.float32(0)
-                out[b, first_head + i // latent, i % latent] = answer
+                out[b, first_head + i // latent, i % latent] = mixed[i] / total[i // latent] if length > 0 else ZERO
 
     return attention
 
