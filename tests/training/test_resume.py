@@ -110,8 +110,17 @@ def test_a_run_without_a_file_writes_none(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(autouse=True)
+def interrupts_arrive():
+    """A shell makes what it starts in the background deaf to Ctrl-C, these tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 INTERRUPTED = """
-import sys, torch
+import signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 from training_runs import *
 from deepseek_lab.training import train
