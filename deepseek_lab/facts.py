@@ -161,6 +161,11 @@ V3_MTP_LOSS = fact(0.3, "times the MTP loss", f"{_V3}, section 4.2", "0.1 for th
 V3_FP8_LOSS_GAP = fact(
     0.0025, "relative loss error", f"{_V3}, section 3.3", "an upper bound: FP8 stayed below it against BF16"
 )
+V3_FP8_CHECK_SMALL = fact(1.33e12, "tokens", f"{_V3}, appendix B.1", "a model of about 16B parameters, FP8 and BF16")
+V3_FP8_CHECK_LARGE = fact(0.9e12, "tokens", f"{_V3}, appendix B.1", "a model of about 230B parameters, FP8 and BF16")
+V3_BLOCK_GRADIENTS_DIVERGED = fact(
+    300e9, "tokens", f"{_V3}, appendix B.2", "about 16B parameters, activation gradients in blocks of 128 x 128"
+)
 
 # How eight-bit products are added up -------------------------------------------------------------------------------
 

@@ -87,11 +87,26 @@ def quantize_to_powers_of_two(body, device) -> int:
 
 
 def quantize_nan_and_infinity(body, device) -> int:
-    """Which values are lost is the same; the sign of a NaN that a division makes is the processor's choice."""
+    """All NaN get one code: the sign of a NaN that a division makes is the processor's choice."""
     x, fmt = numbers(4, 16, seed=4).to(device), FORMATS["E4M3"]
     x[0, 1], x[2, 9], x[3, 0] = float("nan"), float("inf"), float("-inf")
-    got, expected = (some.quantize(x, fmt, (1, 8), False) for some in (body, reference))
-    return same(got[1], expected[1]) + same(reference.decode(got[0], fmt), reference.decode(expected[0], fmt))
+    return sum(map(same, *(some.quantize(x, fmt, (1, 8), False) for some in (body, reference))))
+
+
+def default_dtype(body, device) -> int:
+    """What torch takes for a number's type elsewhere changes nothing here."""
+    fmt, x = FORMATS["E4M3"], numbers(2, 8, seed=4).to(device)
+    torch.set_default_dtype(torch.float64)
+    try:
+        pairs = [[*some.quantize(x, fmt, (1, 8), False)] for some in (body, reference)]
+        codes, scales = pairs[1]
+        for some, found in zip((body, reference), pairs, strict=True):
+            found += some.decode(codes, fmt), some.dequantize(codes, scales, fmt, (1, 8))
+            found += (some.product(codes, codes, scales, scales, 32),)
+            assert [x.dtype for x in found[1:]] == [torch.float32] * 4
+        return sum(map(same, *pairs))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def product(body, device) -> int:
@@ -149,6 +164,7 @@ CHECKS = {
         quantize,
         quantize_to_powers_of_two,
         quantize_nan_and_infinity,
+        default_dtype,
         product,
         attention,
         nothing,

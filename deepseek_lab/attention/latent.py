@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..precision.linear import weight_in_use
+from ..precision.linear import input_in_use, weight_in_use
 from .caches import ExpandedCache, LatentCache
 from .masks import causal_mask, check_positions
 from .norm import RMSNorm
@@ -84,7 +84,10 @@ class LatentAttention(nn.Module):
         return self.o_proj(attend(mask, q_nope, q_rope, memory))
 
     def round_core(self, x: Tensor) -> Tensor:
-        """What becomes of queries, keys and values [..., channel] before they meet; see `model.apply_policy`."""
+        """What becomes of queries, keys and values [..., channel] before they meet; see `model.apply_policy`.
+
+        Absorbed queries and latents are other vectors: where something is rounded here, the two ways differ.
+        """
         return x
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,6 +126,9 @@ class LatentAttention(nn.Module):
         B, H, T, _ = q_nope.shape
         rebuild = weight_in_use(self.kv_b_proj).unflatten(0, (H, -1))  # [head, nope + v, latent]
         w_uk, w_uv = rebuild.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        latent, rope_key = joint.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        read = input_in_use(self.kv_b_proj, latent)  # what expanded attention would rebuild keys and values from
+        joint = joint if read is latent else torch.cat([read, rope_key], dim=-1)
         # q_nope . (W_UK latent) = (W_UK^T q_nope) . latent: the query carries the matrix, the memory stays small.
         q_latent = torch.bmm(q_nope.transpose(0, 1).reshape(H, B * T, -1), w_uk).view(H, B, T, -1).transpose(0, 1)
         q, joint = self.round_core(torch.cat([q_latent, q_rope], dim=-1)), self.round_core(joint)

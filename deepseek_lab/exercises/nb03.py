@@ -107,7 +107,7 @@ EXERCISES = {
     "03.5": Exercise(
         todo='Which check catches the careless product? Answer "a", "b" or "c".',
         solution="c",
-        praise="A wrong scale is some ten per cent on a few rows. Bits see it, on a shape where the mistake can happen.",
+        praise="A wrong scale is some ten per cent on a few rows. Bits see it, where the mistake can happen at all.",
         slips=(
             Slip("a", "With 256 and 512 rows the division has no remainder, and nothing is wrong yet."),
             Slip(

@@ -66,8 +66,8 @@ def numbers(fmt, overflow_code: int = 0) -> Numbers:
 
 
 @helper
-def to_code(value, fmt, may_overflow):
-    """The code of a float32 as uint32: the nearest, ties to even."""
+def to_code(value, fmt, scaled):
+    """The code of a float32 as uint32: the nearest, ties to even. A scaled one cannot overflow, its NaN has no sign."""
     bits = np.float32(value).view(np.uint32)
     size = np.uint32(bits & SIZE)
     shift = np.uint32(fmt.shift & BELOW_32)
@@ -77,10 +77,11 @@ def to_code(value, fmt, may_overflow):
     # Beside the magic number a sum keeps whole subnormal steps: the adder itself rounds to even.
     steps = np.uint32(np.float32(size.view(np.float32) + fmt.magic).view(np.uint32))
     code = np.uint32(steps - np.float32(fmt.magic).view(np.uint32)) if size < fmt.smallest_normal else code
-    if may_overflow:
-        code = fmt.overflow if code > fmt.largest else code
-    code = fmt.nan if size > INFINITY else code
-    return np.uint32(code | np.uint32(np.uint32(bits >> np.uint32(fmt.to_sign & BELOW_32)) & fmt.sign))
+    sign = np.uint32(np.uint32(bits >> np.uint32(fmt.to_sign & BELOW_32)) & fmt.sign)
+    if scaled:
+        return fmt.nan if size > INFINITY else np.uint32(code | sign)
+    code = fmt.overflow if code > fmt.largest else code
+    return np.uint32((fmt.nan if size > INFINITY else code) | sign)
 
 
 @helper
@@ -121,10 +122,10 @@ def largest_size(x, start, count):
 
 @helper
 def encode_part(x, start, count, scale, fmt, codes):
-    """Write codes = x / scale from start on. They cannot overflow, for the scale comes from the largest."""
+    """Write codes = x / scale from start on."""
     for i in range(count):
         at = np.uint64(start + np.uint64(i))
-        codes[at] = to_code(x[at] / scale, fmt, False)
+        codes[at] = to_code(x[at] / scale, fmt, True)
 
 
 @kernel
@@ -168,7 +169,7 @@ def quantize_columns(x, shape, high, fmt, largest, power_of_two, codes, scales):
         for row in rows:
             for j in range(columns):
                 at = np.uint64(row * columns + j)
-                codes[at] = to_code(x[at] / scales[i, j], fmt, False)
+                codes[at] = to_code(x[at] / scales[i, j], fmt, True)
 
 
 @kernel
@@ -192,7 +193,7 @@ def dequantize_all(codes, scales, shape, tile, fmt, x):
 def encode_all(x, fmt, codes):
     """x [n] float32 -> codes [n]."""
     for i in range(x.size):
-        codes[i] = to_code(x[i], fmt, True)
+        codes[i] = to_code(x[i], fmt, False)
 
 
 @kernel
@@ -223,6 +224,8 @@ def decode(codes: Tensor, fmt) -> Tensor:
 
 def quantize(x: Tensor, fmt, tile: tuple[int, int], power_of_two: bool) -> tuple[Tensor, Tensor]:
     """A matrix -> its codes, and the scales of its tiles."""
+    if x.shape[1] == 1 < len(x):  # a column is a row that stands: its tiles lie side by side
+        return tuple(part.T for part in quantize(x.T, fmt, (1, tile[0]), power_of_two))
     codes = np.empty(x.shape, np.uint8)
     scales = np.empty([-(-size // side) for size, side in zip(x.shape, tile, strict=True)], np.float32)
     how = numbers(fmt, fmt.max_code), np.float32(fmt.max), power_of_two, codes.reshape(-1), scales
@@ -235,6 +238,8 @@ def quantize(x: Tensor, fmt, tile: tuple[int, int], power_of_two: bool) -> tuple
 
 def dequantize(codes: Tensor, scales: Tensor, fmt, tile: tuple[int, int]) -> Tensor:
     """Codes times the scales of their tiles."""
+    if codes.shape[1] == 1 < len(codes):
+        return dequantize(codes.T, scales.T, fmt, (1, tile[0])).T
     x = np.empty(codes.shape, np.float32)
     dequantize_all(flat(codes), scales.contiguous().numpy(), tuple(codes.shape), tile, numbers(fmt), x.reshape(-1))
     return torch.from_numpy(x)

@@ -98,6 +98,7 @@ def decode_kernel(fmt):
 def quantize_kernel(fmt, across: int, down: int, fp8: bool):
     """Kernel (x, tile rows, tile columns, whether to round up, codes, scales); down x across threads for each tile."""
     code_of, largest, threads = encoder(fmt, fmt.max_code, fp8), np.float32(fmt.max), across * down
+    nan_code = fmt.nan_code
 
     @cuda.jit
     def quantize(x, high, wide, power_of_two, codes, scales):
@@ -129,7 +130,8 @@ def quantize_kernel(fmt, across: int, down: int, fp8: bool):
             scales[tile_row, tile_column] = scale
         for row in range(top, bottom, down):
             for column in range(left, right, across):
-                codes[row, column] = code_of(divide(x[row, column], scale))
+                code = code_of(divide(x[row, column], scale))
+                codes[row, column] = code if code & nan_code != nan_code else nan_code
 
     return quantize
 
@@ -171,7 +173,7 @@ def encode(x: Tensor, fmt, overflow_code: int) -> Tensor:
 def decode(codes: Tensor, fmt) -> Tensor:
     """Numbers that codes stand for."""
     (there,) = bring(codes)
-    x = torch.empty(codes.shape, device=there.device)
+    x = torch.empty(codes.shape, dtype=torch.float32, device=there.device)
     start(decode_kernel(fmt), -(-codes.numel() // THREADS), THREADS, there.flatten(), x.flatten())
     return x.to(codes.device)
 
@@ -180,7 +182,8 @@ def quantize(x: Tensor, fmt, tile: tuple[int, int], power_of_two: bool) -> tuple
     """A matrix -> its codes, and the scales of its tiles."""
     (numbers,) = bring(x)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=numbers.device)
-    scales = torch.empty(*(-(-size // side) for size, side in zip(x.shape, tile, strict=True)), device=numbers.device)
+    shape = [-(-size // side) for size, side in zip(x.shape, tile, strict=True)]
+    scales = torch.empty(shape, dtype=torch.float32, device=numbers.device)
     across, down = block_shape(*tile)
     kernel = quantize_kernel(fmt, across, down, has_fp8())
     start(kernel, scales.numel(), (across, down), numbers, *tile, power_of_two, codes, scales)
@@ -190,7 +193,7 @@ def quantize(x: Tensor, fmt, tile: tuple[int, int], power_of_two: bool) -> tuple
 def dequantize(codes: Tensor, scales: Tensor, fmt, tile: tuple[int, int]) -> Tensor:
     """Codes times the scales of their tiles."""
     there, scales = bring(codes, scales)
-    x = torch.empty(codes.shape, device=there.device)
+    x = torch.empty(codes.shape, dtype=torch.float32, device=there.device)
     across, down = block_shape(*tile)
     start(dequantize_kernel(fmt, across, down), scales.numel(), (across, down), there, scales, *tile, x)
     return x.to(codes.device)

@@ -94,7 +94,7 @@ def product(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, step: int)
     """a [M, K] times b [N, K] transposed, E4M3 codes -> [M, N] float32; see reference_product.py."""
     check(a, b, a_scales, b_scales, step)
     arguments = bring(a, b, a_scales, b_scales)
-    out = torch.zeros(len(a), len(b), device=arguments[0].device)
+    out = torch.zeros(len(a), len(b), dtype=torch.float32, device=arguments[0].device)
     blocks = -(-len(a) // SIDE), -(-len(b) // SIDE)
     start(product_kernel(), blocks, (SIDE, SIDE), *arguments, step, out)
     return out.to(a.device)

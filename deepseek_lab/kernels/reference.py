@@ -41,16 +41,17 @@ def decode(codes: Tensor, fmt) -> Tensor:
 def quantize(x: Tensor, fmt, tile: tuple[int, int], power_of_two: bool) -> tuple[Tensor, Tensor]:
     """x [row, column] float32 -> codes [row, column] uint8 and scales [tile row, tile column] float32.
 
-    scale = max(max|tile|, 1e-4) / fmt.max, rounded up to a power of two where asked; code = x / scale.
+    scale = max(max|tile|, 1e-4) / fmt.max, rounded up to a power of two where asked; code = x / scale. All NaN get the
+    one code without a sign: the sign of a NaN that a division makes is the processor's choice.
     """
-    (rows, columns), (high, wide) = x.shape, tile
+    (rows, columns), (high, wide) = x.shape, within(tile, x.shape)
     padded = F.pad(x, (0, -columns % wide, 0, -rows % high))
     tiles = padded.unflatten(1, (-1, wide)).unflatten(0, (-1, high))  # [tile row, row, tile column, column]
     scales = tiles.abs().amax(dim=(1, 3)).clamp(min=SMALLEST_AMAX) / fmt.max
     if power_of_two:
         scales = round_up_to_power_of_two(scales)
     scaled = (x / spread(scales, tile, x.shape)).clamp(-fmt.max, fmt.max)
-    return encode(scaled, fmt, fmt.max_code), scales
+    return encode(scaled, fmt, fmt.max_code).masked_fill(scaled.isnan(), fmt.nan_code), scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, fmt, tile: tuple[int, int]) -> Tensor:
@@ -66,8 +67,13 @@ def round_up_to_power_of_two(scales: Tensor) -> Tensor:
 
 def spread(scales: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor:
     """Repeat each tile's scale for all its values: [tile row, tile column] -> shape."""
-    rows, columns = shape
-    return scales.repeat_interleave(tile[0], 0)[:rows].repeat_interleave(tile[1], 1)[:, :columns]
+    (rows, columns), (high, wide) = shape, within(tile, shape)
+    return scales.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+
+
+def within(tile: tuple[int, int], shape: torch.Size) -> tuple[int, int]:
+    """A tile no larger than the matrix, so that nothing is filled up or repeated beyond it."""
+    return tuple(max(min(side, size), 1) for side, size in zip(tile, shape, strict=True))
 
 
 def code_dtype(fmt) -> torch.dtype:

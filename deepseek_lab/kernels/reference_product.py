@@ -22,7 +22,7 @@ def product(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, step: int)
         total += (dot * a_scale) * b_scale        rounded three times to FP32, in this order, as the released kernel.py
     """
     check(a, b, a_scales, b_scales, step)
-    total = torch.zeros(len(a), len(b), device=a.device)
+    total = torch.zeros(len(a), len(b), dtype=torch.float32, device=a.device)
     for segment, start in enumerate(range(0, a.shape[1], step)):
         dot = torch.zeros_like(total, dtype=torch.float64)  # wide enough that nothing is rounded but what is cut off
         for k in range(start, min(start + step, a.shape[1]), CHAIN):

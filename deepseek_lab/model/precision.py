@@ -7,7 +7,8 @@ linear layers    always: all three products of attention, dense layers, shared a
 embedding        a token's row is rounded
 head, gate       computed as a narrow linear layer, their weights in the policy's blocks
 norms            what is to be normalised is rounded first; the learned weight is not
-attention core   queries, keys and values are rounded before the scores (absorbed: queries and latents)
+attention core   queries, keys and values are rounded before the scores; absorbed attention has queries and latents in
+                 their place, other vectors, so that only here its results differ from those of expanded attention
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from ..experts import Router
 from ..experts.layer import Experts, grouped_linear
 from ..precision import BLOCK, BlockScaled, Fp8Linear, PrecisionPolicy
 from ..precision import linear as narrow
+from ..precision.matmul import without_autocast
+from ..precision.policy import checked
 
 
 def apply_policy(model: nn.Module, policy: PrecisionPolicy) -> nn.Module:
@@ -28,14 +31,16 @@ def apply_policy(model: nn.Module, policy: PrecisionPolicy) -> nn.Module:
 
     Modules keep their parameters and names and change their class only, so an optimiser, a checkpoint or a hook that
     knows them goes on working, and so does `training.train`. A policy holds from the next forward pass on.
-    Raises TypeError for a policy that is none.
+    Raises TypeError for a policy that is none, ValueError for a model without a module that a policy is about.
     """
-    if not isinstance(policy, PrecisionPolicy):
-        raise TypeError(f"apply_policy got {policy!r}; pass a PrecisionPolicy, for example PrecisionPolicy() for V3's")
-    for name, module in model.named_modules():
-        wide = next((kind for kind, other in NARROW.items() if type(module) in (kind, other)), None)
-        if wide is None:
-            continue
+    checked(policy, "apply_policy")
+    kinds = {kind: wide for wide, narrow_kind in NARROW.items() for kind in (wide, narrow_kind)}
+    known = [(name, module) for name, module in model.named_modules() if type(module) in kinds]
+    if not known:
+        raise ValueError(f"apply_policy got a {type(model).__name__} in which nothing can be made narrow; it changes "
+                         f"{', '.join(kind.__name__ for kind in NARROW)}")  # fmt: skip
+    for name, module in known:
+        wide = kinds[type(module)]
         place = "head" if name.rpartition(".")[2] == "lm_head" else PLACE.get(wide)
         if policy.products == "fp32" or place in policy.wide:
             module.__class__ = wide
@@ -60,10 +65,10 @@ class NarrowNorm(RMSNorm):
 
 
 class NarrowRouter(Router):
-    """A gate that scores with a narrow product; sigmoid and choice stay in float32."""
+    """A gate that scores with a narrow product; its logits, sigmoid and choice stay in float32."""
 
     def score(self, x: Tensor) -> Tensor:
-        return narrow.narrow_linear(x, self.weight, self.policy).float()
+        return narrow.narrow_linear(x.float(), self.weight.float(), self.policy)
 
 
 class NarrowLatentAttention(LatentAttention):
@@ -106,7 +111,8 @@ class _GroupedProducts(torch.autograd.Function):
         kept = narrow.narrow(x, "tile", policy), narrow.narrow(weights.flatten(0, 1), "block", policy)
         narrow.keep(ctx, *kept)
         ctx.policy, ctx.ends, ctx.shape, ctx.dtypes = policy, ends, weights.shape, (x.dtype, weights.dtype)
-        return grouped_linear(narrow.wide(kept[0]), narrow.wide(kept[1]).view(weights.shape), ends).to(x.dtype)
+        wide = narrow.wide(kept[0]), narrow.wide(kept[1]).view(weights.shape)
+        return without_autocast(grouped_linear, *wide, ends).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -116,7 +122,7 @@ class _GroupedProducts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dy = narrow.narrow_gradient(gradient, policy)
             turned = narrow.wide(weights).view(ctx.shape).transpose(1, 2)  # [expert, in, out]
-            dx = grouped_linear(narrow.wide(dy), turned, ctx.ends).to(ctx.dtypes[0])
+            dx = without_autocast(grouped_linear, narrow.wide(dy), turned, ctx.ends).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             dw = gradient.new_empty(ctx.shape, dtype=ctx.dtypes[1])
             sizes = _sizes(ctx.ends)

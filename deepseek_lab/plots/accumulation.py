@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from .arrange import Scale, scale, y_axis
@@ -60,13 +61,18 @@ def accumulator(records: Mapping, data=None, bits=None, every=None, ax=None):
 
 
 def choose(records: Mapping, data=None, bits=None, every=None) -> tuple[str, int, int]:
-    """Return the key of the record to show. Raises ValueError for no records and for one that is not there."""
+    """Return the key of the record to show. Raises ValueError for none, other keys and empty records."""
     if not records:
         raise ValueError("accumulator got no records; give {(data, bits, every): record}")
+    for key in records:
+        if not isinstance(key, tuple) or len(key) != 3:
+            raise ValueError(f"accumulator got a record under {key!r}; give {{(data, bits, every): record}}")
     first = next(iter(records))
     key = tuple(own if given is None else given for own, given in zip(first, (data, bits, every), strict=True))
     if key not in records:
         raise ValueError(f"accumulator has no record of {key}; choose one of {', '.join(map(str, records))}")
+    if not any(records[key].products):
+        raise ValueError(f"the record of {key} is of no products; add up at least one")
     return key
 
 
@@ -103,6 +109,8 @@ def accumulator_sheet(records: Mapping, data: str, bits: int, every: int) -> She
 
 def _signed(percent: float) -> str:
     """An error in words, with a proper minus sign."""
+    if math.isnan(percent):
+        return "not a number"
     return f"{percent:+.2g} %".replace("-", "\N{MINUS SIGN}") if abs(percent) >= 1e-4 else "below 0.0001 %"
 
 

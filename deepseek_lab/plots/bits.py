@@ -112,7 +112,8 @@ def error_words(code: Code, rounded: Rounded | None) -> str:
         return f"no rounding error: {code.format.name} has this value"
     number, largest = rounded.number, code.format.max
     if abs(number) > largest and math.isinf(code.value):
-        return f"too large: above {exact(largest)} a number rounds to infinity"
+        end = largest + Code(code.format, code.format.max_code).step / 2  # a tie, which goes on to the even code
+        return f"too large: from {exact(end)} on a number rounds to infinity"
     share = f"{_spelled(f'{100 * abs(rounded.relative):.3g}')} % of the number" if rounded.relative is not None else ""
     if math.isinf(number) or abs(number) >= largest + code.step:
         return f"too large: {code.format.name} ends at {exact(largest)}, so it saturates" + f": {share} is lost" * bool(

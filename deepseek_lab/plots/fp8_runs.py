@@ -8,7 +8,8 @@ from .arrange import spread
 from .style import GREY, PALETTE
 
 _COLOURS = [PALETTE[part] for part in ("weights", "gradients", "cache", "moments", "activations")]
-_LOOKS = [dict(color=colour, linestyle=dash) for dash in ("-", "--") for colour in _COLOURS]
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))  # a second sign beside the colour, for grey
+_LOOKS = [dict(color=colour, linestyle=dash) for colour, dash in zip(_COLOURS, _DASHES, strict=True)]
 _APART = 0.075  # of the height: what one line of text needs
 
 
@@ -29,7 +30,9 @@ def run_curves(
     for look, (name, values) in zip(_LOOKS, curves.items(), strict=False):
         ax.plot(steps, values, linewidth=1.8, label=name, **look)
     if bound is not None:
-        ax.axhspan(-bound, bound, color="#EEEEEE", zorder=0)
+        reach = 1.1 * max(1.3 * bound, *(abs(value) for values in curves.values() for value in values))
+        ax.set_ylim(-reach, reach)
+        ax.axhspan(-bound, bound, color="#E6E6E6", zorder=0)
         ax.axhline(0, color=GREY, linewidth=0.8, zorder=1, linestyle="-")
         ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.2f} %" if value else "0")
     ax.set(xlabel="step", ylabel=ylabel, xlim=(first, first + 1.3 * len(steps)))

@@ -136,7 +136,7 @@ def find_format(fmt: FloatFormat | str) -> FloatFormat:
     """Return a format given itself or its name. Raises ValueError for a name that does not exist."""
     if isinstance(fmt, FloatFormat):
         return fmt
-    if fmt not in FORMATS:
+    if not isinstance(fmt, str) or fmt not in FORMATS:
         raise ValueError(f"format {fmt!r} is unknown; choose one of {', '.join(FORMATS)}")
     return FORMATS[fmt]
 
@@ -170,14 +170,15 @@ def decode(codes: Tensor, fmt: FloatFormat | str) -> Tensor:
     if width < fmt.bits:
         raise TypeError(f"decode got {codes.dtype}; the codes of {fmt.name} have {fmt.bits} bits")
     if width > fmt.bits and codes.numel():
-        for code in codes.long().aminmax():
+        for code in (codes if codes.dtype.is_signed else codes.long()).aminmax():  # torch compares few unsigned types
             fmt.fields(code.item())
     return kernels.body_for(codes).decode(codes, fmt)
 
 
 def round_to(x: Tensor, fmt: FloatFormat | str, overflow: str | None = None) -> Tensor:
     """Return the nearest numbers that a format can say, float32. Arguments and errors are those of `encode`."""
-    return decode(encode(x, fmt, overflow), fmt)
+    codes = encode(x, fmt, overflow)
+    return kernels.body_for(codes).decode(codes, find_format(fmt))
 
 
 def _is_tensor(x: object) -> bool:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .matmul import fp8_matmul
-from .policy import PrecisionPolicy
+from .matmul import fp8_matmul, without_autocast
+from .policy import PrecisionPolicy, checked
 from .scaling import BLOCK, BlockScaled, quantize
 
 V3 = PrecisionPolicy()
@@ -36,7 +36,7 @@ class Fp8Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
                  policy: PrecisionPolicy = V3):  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.policy = policy
+        self.policy = checked(policy, "Fp8Linear")
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, policy: PrecisionPolicy = V3) -> Fp8Linear:
@@ -47,7 +47,7 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = narrow_linear(x, self.weight, self.policy)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else (y + self.bias).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, products={self.policy.products!r}"
@@ -93,21 +93,21 @@ def output_product(x: Narrow, weight: Narrow, policy: PrecisionPolicy) -> Tensor
     """x W^T: [token, in], [out, in] -> [token, out] float32."""
     if policy.accumulator == "h800" and policy.products == "fp8":
         return fp8_matmul(x, weight, "h800", policy.promote_every)
-    return wide(x) @ wide(weight).T
+    return without_autocast(torch.matmul, wide(x), wide(weight).T)
 
 
 def input_product(gradient: Narrow, weight: Narrow, policy: PrecisionPolicy) -> Tensor:
     """dy W: [token, out], [out, in] -> [token, in] float32."""
     if policy.accumulator == "h800" and policy.products == "fp8":
         return fp8_matmul(gradient, weight.T, "h800", policy.promote_every)
-    return wide(gradient) @ wide(weight)
+    return without_autocast(torch.matmul, wide(gradient), wide(weight))
 
 
 def weight_product(gradient: Narrow, x: Narrow, policy: PrecisionPolicy) -> Tensor:
     """dy^T x: [token, out], [token, in] -> [out, in] float32, summed over the tokens."""
     if policy.accumulator == "h800" and policy.products == "fp8":
         return fp8_matmul(gradient.T, x.T, "h800", policy.promote_every)
-    return wide(gradient).T @ wide(x)
+    return without_autocast(torch.matmul, wide(gradient).T, wide(x))
 
 
 # Narrow and wide again ---------------------------------------------------------------------------------------------
@@ -180,6 +180,12 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return gradient, None, None
+
+
+def input_in_use(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Return x as a layer's products read it: rounded as an activation of an `Fp8Linear`, x itself elsewhere."""
+    policy = getattr(linear, "policy", None)
+    return x if policy is None else round_through(x, policy)
 
 
 def weight_in_use(linear: nn.Linear) -> Tensor:

@@ -13,12 +13,14 @@ sign, which would truncate downwards. Later GPUs keep more bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import kernels
 from .formats import E4M3
-from .scaling import BLOCK, BlockScaled
+from .scaling import BLOCK, BlockScaled, as_matrix
 
 CHAIN = 32  # values along K that one instruction multiplies and adds
 ACCUMULATORS = ("fp32", "h800")
@@ -42,11 +44,20 @@ def fp8_matmul(
     """
     _check(a, b, accumulator)
     if accumulator == "fp32":
-        return a.dequantize() @ b.dequantize().T
+        return without_autocast(torch.matmul, a.dequantize(), b.dequantize().T)
     step = _segment(a, b, promote_every)
     (a_codes, a_scales), (b_codes, b_scales) = (_rows(x, step) for x in (a, b))
     product = kernels.body_for(a_codes).product(a_codes, b_codes, a_scales, b_scales, step)
     return product.view(*a.codes.shape[:-1], len(b_codes))
+
+
+def without_autocast(multiply: Callable[..., Tensor], a: Tensor, *more: Tensor) -> Tensor:
+    """Return multiply(a, *more) in the dtype of its operands, where autocast would silently take fewer bits."""
+    kind = a.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return multiply(a, *more)
+    with torch.autocast(kind, enabled=False):
+        return multiply(a, *more)
 
 
 def _segment(a: BlockScaled, b: BlockScaled, promote_every: int | None) -> int:
@@ -68,9 +79,10 @@ def _segment(a: BlockScaled, b: BlockScaled, promote_every: int | None) -> int:
 
 def _rows(x: BlockScaled, step: int) -> tuple[Tensor, Tensor]:
     """Codes as uint8 [row, K] and scales [row, segment]: those of `step` values along K."""
-    codes, scales = (torch.atleast_2d(part).flatten(0, -2) for part in (x.codes, x.scales.float()))
+    codes, scales = as_matrix(x.codes), as_matrix(x.scales.float())
+    rows = torch.arange(len(codes), device=scales.device) // x.tile[0]
     tiles = torch.arange(0, codes.shape[1], step, device=scales.device) // x.tile[1]
-    return codes.view(torch.uint8), scales.repeat_interleave(x.tile[0], 0)[: len(codes), tiles]
+    return codes.view(torch.uint8), scales[rows][:, tiles]
 
 
 def _check(a: BlockScaled, b: BlockScaled, accumulator: str) -> None:
@@ -87,6 +99,6 @@ def _check(a: BlockScaled, b: BlockScaled, accumulator: str) -> None:
     if len({part.device for part in (a.codes, a.scales, b.codes, b.scales)}) > 1:
         raise ValueError(f"fp8_matmul got operands on {a.codes.device} and {b.codes.device} (scales on "
                          f"{a.scales.device} and {b.scales.device}); move them to one device")  # fmt: skip
-    if accumulator == "h800" and not a.format is b.format is E4M3:
+    if accumulator == "h800" and not a.format == b.format == E4M3:
         raise ValueError(f'accumulator="h800" got {a.format.name} and {b.format.name}; V3 multiplies E4M3 only, and so '
                          'does this model. Quantize with fmt=E4M3, or take accumulator="fp32"')  # fmt: skip

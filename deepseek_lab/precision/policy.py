@@ -6,9 +6,10 @@ Source: DeepSeek-V3 report, sections 3.3.1 (what stays wide) and 3.3.2 (tiles, b
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .formats import E4M3, FloatFormat, find_format
+from .formats import E4M3, E5M2, FloatFormat, find_format
 
 #: What DeepSeek-V3 does not compute in FP8. Its linear layers, those of the experts too, it does.
 PLACES = ("embedding", "head", "gate", "norms", "attention core")
@@ -49,23 +50,24 @@ class PrecisionPolicy:
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"PrecisionPolicy got {name}={getattr(self, name)!r}; "
+            given = getattr(self, name)
+            if given not in choices or type(given) not in map(type, choices):  # 128.0 equals 128
+                raise ValueError(f"PrecisionPolicy got {name}={given!r}; "
                                  f"choose one of {', '.join(map(repr, choices))}")  # fmt: skip
-        places = {self.wide} if isinstance(self.wide, str) else set(self.wide)
-        if unknown := sorted(places - set(PLACES)):
+        several = isinstance(self.wide, Iterable) and not isinstance(self.wide, str)
+        places = set(self.wide if several else [self.wide])
+        if unknown := sorted(places - set(PLACES), key=repr):
             raise ValueError(f"PrecisionPolicy got wide={unknown[0]!r}; the places are {', '.join(PLACES)}")
         object.__setattr__(self, "wide", frozenset(places))
         object.__setattr__(self, "gradient_format", find_format(self.gradient_format))
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.gradient_format.bits != 8:
-            raise ValueError(f"gradient_format={self.gradient_format.name} has {self.gradient_format.bits} bits; "
-                             "choose E4M3 or E5M2")  # fmt: skip
+        if self.gradient_format not in (E4M3, E5M2):
+            raise ValueError(f"PrecisionPolicy got gradient_format={self.gradient_format}; choose E4M3 or E5M2")
         if self.products != "fp8":
             return
-        if self.accumulator == "h800" and self.gradient_format is not E4M3:
+        if self.accumulator == "h800" and self.gradient_format != E4M3:
             raise ValueError('accumulator="h800" multiplies E4M3 with E4M3; choose gradient_format=E4M3, or "fp32"')
         kinds = {self.activations, self.weights, self.gradients}
         if self.accumulator == "h800" and self.promote_every is None and kinds != {"tensor"}:
@@ -75,3 +77,10 @@ class PrecisionPolicy:
     def replace(self, **changes) -> PrecisionPolicy:
         """Return these rules with some of them changed."""
         return dataclasses.replace(self, **changes)
+
+
+def checked(policy: object, asking: str) -> PrecisionPolicy:
+    """Return a policy; TypeError, in the name of who asks for it, for what is none."""
+    if not isinstance(policy, PrecisionPolicy):
+        raise TypeError(f"{asking} got {policy!r}; pass a PrecisionPolicy, for example PrecisionPolicy() for V3's")
+    return policy

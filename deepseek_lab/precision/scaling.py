@@ -55,10 +55,11 @@ class BlockScaled(NamedTuple):
         return BlockScaled(self.codes.T.contiguous(), self.scales.T.contiguous(), self.tile[::-1])
 
     def check(self) -> None:
-        """Raise TypeError for codes that are not FP8, ValueError for scales that do not fit them."""
+        """Raise TypeError for codes that are not FP8, ValueError for tiles and scales that do not fit them."""
         shape = self.codes.shape
         if self.codes.dtype not in DTYPES.values():
             raise TypeError(f"codes in {self.codes.dtype}; expected float8_e4m3fn or float8_e5m2, as quantize returns")
+        check_tile("BlockScaled", shape, self.tile)
         sides = zip(shape[-2:], self.tile[-len(shape) :], strict=True)
         expected = (*shape[:-2], *(-(-size // side) for size, side in sides))
         if self.scales.shape != expected:
@@ -66,15 +67,15 @@ class BlockScaled(NamedTuple):
                              f"expected {expected}, one per {self.tile[0]} x {self.tile[1]} tile")  # fmt: skip
 
     def dequantize(self) -> Tensor:
-        """Return codes times scales, float32. Raises TypeError and ValueError as `check` does."""
+        """Return codes times scales, float32, without gradients. Raises TypeError and ValueError as `check` does."""
         self.check()
-        codes, scales = _matrix(self.codes), _matrix(self.scales.float())
+        codes, scales = as_matrix(self.codes), as_matrix(self.scales.float())
         codes = codes.view(torch.uint8)
         return kernels.body_for(codes).dequantize(codes, scales, self.format, self.tile).view(self.codes.shape)
 
     def to_published(self, name: str) -> dict[str, Tensor]:
         """Return the two tensors of a released checkpoint: `name` and `name_scale_inv`. Blocks of 128 x 128 only."""
-        if self.tile != (BLOCK, BLOCK) or self.format is not E4M3:
+        if self.tile != (BLOCK, BLOCK) or self.format != E4M3:
             raise ValueError(f"published weights are E4M3 in {BLOCK} x {BLOCK} blocks, this is {self.format.name} in "
                              f"{self.tile[0]} x {self.tile[1]} tiles; use quantize_blocks")  # fmt: skip
         return {name: self.codes, f"{name}_scale_inv": self.scales}
@@ -110,9 +111,9 @@ def quantize_blocks(w: Tensor, **how) -> BlockScaled:
 
 def quantize_tensor(x: Tensor, **how) -> BlockScaled:
     """Return a matrix [row, column] with a single scale. Further arguments: see `quantize`."""
-    if x.dim() != 2:
+    if isinstance(x, Tensor) and x.dim() != 2:
         raise ValueError(f"quantize_tensor got shape {tuple(x.shape)}; expected a matrix [row, column]")
-    return quantize(x, tuple(max(size, 1) for size in x.shape), **how)
+    return quantize(x, tuple(max(size, 1) for size in getattr(x, "shape", ())), **how)
 
 
 def quantize(
@@ -127,14 +128,15 @@ def quantize(
         scale = max(max|tile|, 1e-4) / fmt.max        code = nearest(x / scale)        in FP32
 
     x: [row, column], or any shape but () where tiles are one row high; taken as float32 and left as it is.
-    scale: "fp32", or "ue8m0" for powers of two (rounded up, so that nothing overflows). fmt: E4M3 or E5M2.
+    scale: "fp32", or "ue8m0" for powers of two, rounded up so that no code overflows (a value near 3.4e38 may, once
+    it is scaled back). fmt: E4M3 or E5M2.
     nonfinite: "refuse" NaN and infinity, or "pass" them on: their whole tile is lost, as with the released kernels.
     Raises ValueError for shapes without such tiles, unknown names and, unless passed on, a NaN or an infinity;
     TypeError for tensors that are not floating point.
     """
     fmt = find_format(fmt)
     _check(x, tile, scale, fmt, nonfinite)
-    matrix = _matrix(x.detach()).float().contiguous()
+    matrix = as_matrix(x).float().contiguous()
     codes, scales = kernels.body_for(x).quantize(matrix, fmt, tuple(tile), scale == "ue8m0")
     if nonfinite == "refuse" and scales.numel() and not scales.amax() < math.inf:  # NaN is not either
         where = (~torch.isfinite(x.float())).nonzero()[0].tolist()
@@ -149,11 +151,7 @@ def _check(x: Tensor, tile: tuple[int, int], scale: str, fmt: FloatFormat, nonfi
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"quantize got {kind}; pass a tensor of floating-point numbers")
-    if len(tile) != 2 or not all(isinstance(side, int) and side > 0 for side in tile):
-        raise ValueError(f"quantize got tile={tile}; expected two whole numbers from 1 up, (rows, columns)")
-    if x.dim() != 2 and (tile[0] != 1 or not x.dim()):
-        raise ValueError(f"quantize got shape {tuple(x.shape)}; expected a matrix [row, column] for "
-                         f"{tile[0]} x {tile[1]} tiles")  # fmt: skip
+    check_tile("quantize", x.shape, tile)
     if fmt not in (E4M3, E5M2):
         raise ValueError(f"quantize got {fmt.name}; scales are for eight bits: choose E4M3 or E5M2")
     if scale not in ("fp32", "ue8m0"):
@@ -162,6 +160,16 @@ def _check(x: Tensor, tile: tuple[int, int], scale: str, fmt: FloatFormat, nonfi
         raise ValueError(f'nonfinite={nonfinite!r} is unknown; choose "refuse" or "pass"')
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """View a tensor as [row, column], its last axis the columns."""
-    return torch.atleast_2d(x).flatten(0, -2)
+def check_tile(asking: str, shape: torch.Size, tile: tuple[int, int]) -> None:
+    """Raise ValueError where a tensor of this shape has no such tiles: higher ones would straddle two matrices."""
+    sides = tile if isinstance(tile, tuple | list) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"{asking} got tile={tile}; expected two whole numbers from 1 up, (rows, columns)")
+    if len(shape) != 2 and (tile[0] != 1 or not shape):
+        raise ValueError(f"{asking} got shape {tuple(shape)}; expected a matrix [row, column] for "
+                         f"{tile[0]} x {tile[1]} tiles")  # fmt: skip
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """View a tensor as [row, column], its last axis the columns; no gradients pass."""
+    return torch.atleast_2d(x.detach()).flatten(0, -2)

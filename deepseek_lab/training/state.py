@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -29,7 +30,17 @@ def _run_identity(model: Transformer, recipe: Recipe, batches: Batches) -> dict[
         "config": json.dumps(model.config.to_hf(), sort_keys=True),
         "recipe": json.dumps(dataclasses.asdict(recipe), sort_keys=True),
         "batches": batches.fingerprint(),
+        "policy": _policies(model),
     }
+
+
+def _policies(model: Transformer) -> str:
+    """Which modules compute by which `PrecisionPolicy`, as text; "" for a model that was given none."""
+    names = defaultdict(list)
+    for name, module in model.named_modules():
+        if policy := getattr(module, "policy", None):
+            names[json.dumps(dataclasses.asdict(policy), sort_keys=True, default=sorted)].append(name)  # sets: sorted
+    return "; ".join(f"{rules} for {', '.join(modules)}" for rules, modules in names.items())
 
 
 def save_state(path: str | Path, model: Transformer, optimizer, recipe: Recipe, batches: Batches, done: int) -> None:
@@ -48,7 +59,7 @@ def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: R
     """Put a saved run back into model and optimizer; return how many steps it had done.
 
     Everything is read and compared before anything is overwritten. Raises ValueError for a missing or damaged file, and
-    for one that another config, recipe or text wrote.
+    for one that another config, recipe, text or policy wrote.
     """
     if path is None or not Path(path).is_file():
         raise ValueError(f"resume=True needs an existing checkpoint file, got {path}; start with resume=False")
@@ -59,9 +70,9 @@ def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: R
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); use an earlier checkpoint") from error
     for key, value in _run_identity(model, recipe, batches).items():
-        if metadata.get(key) != value:
+        if metadata.get(key, "") != value:
             raise ValueError(
-                f"{path} was written by a run with another {key}: {metadata.get(key)}; this one has {value}"
+                f"{path} was written by a run with another {key}: {metadata.get(key)}; this one has {value or 'none'}"
             )
     if not str(metadata.get("done")).isdecimal() or not 0 < int(metadata["done"]) <= recipe.steps:
         raise ValueError(

@@ -13,7 +13,6 @@ from deepseek_lab.precision import FORMATS, Code, FloatFormat, find_format, roun
 
 from .base import PictureWidget, choice
 
-_BITS = {"sign": 1, "exponent": 8, "mantissa": 23}  # the most that a format has
 _LOOK = (
     ".bit-explorer button.bit { border: 1px solid #111; padding: 0; font: 14px/24px monospace; box-shadow: none }"
     ".bit-explorer button.bit:focus-visible { outline: 3px solid #111 !important; outline-offset: 1px; z-index: 1 }"
@@ -24,25 +23,29 @@ _LOOK += "".join(f".bit-explorer button.{n} {{ background: {b}; color: {c} }}" f
 def bit_explorer(fmt: str | FloatFormat = "E4M3", number: float = 0.1) -> BitExplorer:
     """Return a widget on the bits of a number in a format: type a number, or press a bit, and the rest follows.
 
-    Raises ValueError for formats that do not exist. What is typed and is no number is explained beside it.
+    fmt: a name, or a format, which is offered beside those with names. Raises ValueError for names of none. What is
+    typed and is no number is explained beside it.
     """
-    return BitExplorer(find_format(getattr(fmt, "name", fmt)), float(number))
+    return BitExplorer(find_format(fmt), float(number))
 
 
 class BitExplorer(PictureWidget):
     """`format`, `number` and `code` are what it shows; `bits` are the buttons in use, the highest bit first."""
 
     def __init__(self, fmt: FloatFormat, number: float):
+        self.formats = FORMATS | {fmt.name: fmt}
         self.format, self.number, self.code = fmt, number, fmt.code(number)
         self._pressed = self._busy = False  # whether buttons have set the code; whether controls are being set here
-        self._pool = {name: [_button(name, self._flip) for _ in range(count)] for name, count in _BITS.items()}
+        most = {"sign": 1, "exponent": max(f.exponent_bits for f in self.formats.values()),
+                "mantissa": max(f.mantissa_bits for f in self.formats.values())}  # fmt: skip
+        self._pool = {name: [_button(name, self._flip) for _ in range(count)] for name, count in most.items()}
         self.note = HTML(layout={"height": "24px", "margin": "2px 4px"})
         self.rows = tuple(
             HBox(layout={"height": "30px", "max_width": "580px", "align_items": "center"}) for _ in range(2)
         )
         layout, style = {"width": "290px", "margin": "2px 4px"}, {"description_width": "56px"}
         controls = {
-            "fmt": choice(Dropdown, "format", [(name, name) for name in FORMATS], fmt.name, 150, 50),
+            "fmt": choice(Dropdown, "format", [(name, name) for name in self.formats], fmt.name, 150, 50),
             "number": Text(description="number", value=repr(number), layout=layout, style=style),
         }
         super().__init__("bit-explorer", controls, self._plan, (self.note, *self.rows))
@@ -57,7 +60,7 @@ class BitExplorer(PictureWidget):
         """Show what the controls say, or the code that buttons have set since they were changed."""
         note = "Type a number, or press a bit."
         if not self._pressed:
-            self.format = find_format(fmt)
+            self.format = self.formats[fmt]
             try:
                 self.number = float(number)
             except ValueError:

@@ -106,6 +106,24 @@ def test_the_first_record_is_shown_unless_told_and_unknown_ones_are_refused():
         plots.accumulator({})
 
 
+def test_other_keys_and_empty_records_are_refused():
+    some = record([1.0], [1.0])
+    with pytest.raises(ValueError, match=r"a record under \('a', 1\); give \{\(data, bits, every\): record\}"):
+        plots.accumulator({("a", 1): some})
+    with pytest.raises(ValueError, match="a record under 'abc'"):
+        plots.accumulator({**RECORDS, "abc": some})
+    for none in ([], [0]):
+        empty = SimpleNamespace(products=none, exact=none, register=none, error=none)
+        with pytest.raises(ValueError, match=r"record of \('a', 13, 0\) is of no products"):
+            plots.accumulator({("a", 13, 0): empty})
+
+
+def test_an_error_that_is_no_number_is_not_called_small():
+    nan = float("nan")
+    lost = SimpleNamespace(products=[32], exact=[nan], register=[1.0], error=[nan])
+    assert "error not a number, after 32" in accumulator_sheet({("a", 13, 0): lost}, "a", 13, 0).label
+
+
 def test_the_twin_draws_the_sheet_on_the_axes_it_is_given_and_clips_no_word():
     plots.use_style()
     _, ax = plt.subplots()

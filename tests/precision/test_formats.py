@@ -243,6 +243,13 @@ def test_only_tensors_of_whole_numbers_are_decoded(bad):
         decode(bad, E4M3)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_codes_of_wide_unsigned_types_are_checked_too(dtype):
+    assert decode(torch.tensor([1, 0x3F]).to(dtype), E4M3).tolist() == [2.0**-9, E4M3.value(0x3F)]
+    with pytest.raises(ValueError, match="codes 0 to 255, got 256"):
+        decode(torch.tensor([1, 256]).to(dtype), E4M3)
+
+
 def test_codes_that_a_format_does_not_have_are_refused():
     with pytest.raises(TypeError, match="16 bits"):
         decode(torch.tensor([1], dtype=torch.uint8), FP16)
@@ -253,7 +260,7 @@ def test_codes_that_a_format_does_not_have_are_refused():
             E4M3.value(code)
 
 
-@pytest.mark.parametrize("name", ["E4M4", "e4m3", "", None])
+@pytest.mark.parametrize("name", ["E4M4", "e4m3", "", None, ["E4M3"]])
 def test_a_format_that_does_not_exist_is_refused_with_the_names_that_do(name):
     for use in (find_format, lambda name: encode(torch.ones(1), name), lambda name: decode(torch.arange(2), name)):
         with pytest.raises(ValueError, match="E4M3, E5M2, FP16, BF16, TF32, FP32"):

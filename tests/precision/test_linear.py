@@ -1,5 +1,6 @@
 """Fp8Linear is the three quantised products and nothing else, keeps codes for the way back, and obeys its policy."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from deepseek_lab.precision import (
     E4M3,
     E5M2,
+    FloatFormat,
     Fp8Linear,
     PrecisionPolicy,
     fp8_matmul,
@@ -262,6 +264,28 @@ def test_bfloat16_goes_in_and_comes_out():
     assert torch.equal(y, narrow_linear(x.float(), layer.weight.float()).bfloat16() + layer.bias)
 
 
+@pytest.mark.parametrize("policy", [V3, PrecisionPolicy(products="bf16")], ids=["V3", "bf16"])
+def test_bfloat16_comes_out_beside_a_bias_in_float32_too(policy):
+    layer, x = Fp8Linear(40, 30, policy=policy), torch.randn(5, 40).bfloat16()
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, (narrow_linear(x, layer.weight, policy).float() + layer.bias).bfloat16())
+
+
+@pytest.mark.parametrize("policy", [V3, V3.replace(accumulator="h800"), PrecisionPolicy(products="bf16")],
+                         ids=["V3", "h800", "bf16"])  # fmt: skip
+def test_autocast_takes_no_bits_of_the_three_products(policy):
+    plain = three_products(*operands(), policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = three_products(*operands(), policy)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(cast, plain, strict=True))
+
+
+def test_a_layer_on_no_device_says_the_shape_of_its_answer():
+    layer = Fp8Linear(40, 30, device="meta")
+    assert layer(torch.empty(2, 5, 40, device="meta")).shape == (2, 5, 30)
+
+
 def test_a_gradient_that_is_one_value_seen_many_times_is_taken():
     layer = Fp8Linear(40, 30)
     layer(torch.randn(5, 40)).sum().backward()  # its gradient is an expanded scalar
@@ -321,6 +345,18 @@ def test_the_policy_of_deepseek_v3_is_the_default():
     assert hash(V3) == hash(PrecisionPolicy())
 
 
+def test_a_copied_policy_is_the_same_policy():
+    layer = copy.deepcopy(Fp8Linear(200, 170, policy=V3.replace(accumulator="h800")))
+    assert layer.policy == V3.replace(accumulator="h800") and layer.policy.replace(promote_every=64).promote_every == 64
+    assert layer(torch.randn(3, 200)).shape == (3, 170)
+
+
+def test_a_layer_refuses_what_is_no_policy_when_it_is_made():
+    for make in (lambda: Fp8Linear(8, 8, policy="fp8"), lambda: Fp8Linear.from_linear(nn.Linear(8, 8), "fp8")):
+        with pytest.raises(TypeError, match="Fp8Linear got 'fp8'; pass a PrecisionPolicy"):
+            make()
+
+
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
@@ -332,7 +368,12 @@ def test_the_policy_of_deepseek_v3_is_the_default():
         ({"accumulator": "h100"}, "got accumulator='h100'; choose one of 'fp32', 'h800'"),
         ({"promote_every": 100}, "got promote_every=100; choose one of 32, 64, 128, None"),
         ({"gradient_format": "E4M4"}, "format 'E4M4' is unknown"),
-        ({"gradient_format": "BF16"}, "gradient_format=BF16 has 16 bits"),
+        ({"gradient_format": "BF16"}, r"gradient_format=FloatFormat\(name='BF16'.*choose E4M3 or E5M2"),
+        ({"gradient_format": FloatFormat("E3M4", 3, 4, 3)}, "choose E4M3 or E5M2"),
+        ({"accumulator": "h800", "promote_every": 128.0}, "got promote_every=128.0; choose one of 32, 64, 128, None"),
+        ({"wide": None}, "got wide=None; the places are embedding"),
+        ({"wide": {3, "zz"}}, "got wide="),
+        ({"wide": 3}, "got wide=3"),
         ({"wide": {"router"}}, "got wide='router'; the places are embedding, head, gate, norms, attention core"),
         ({"wide": "router"}, "got wide='router'"),
         ({"accumulator": "h800", "gradient_format": E5M2}, "multiplies E4M3 with E4M3"),

@@ -84,6 +84,20 @@ def test_leading_axes_stay(accumulator):
     )
 
 
+def test_autocast_takes_no_bits_of_the_product():
+    a, b = quantize_tiles(matrix(20, 300, seed=15)), quantize_blocks(matrix(30, 300, seed=16))
+    plain = fp8_matmul(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fp8_matmul(a, b), plain)
+
+
+@pytest.mark.parametrize("accumulator", ["fp32", "h800"])
+def test_scales_in_training_are_taken_as_they_are(accumulator):
+    a, b = quantize_tiles(matrix(4, 300, seed=17)), quantize_blocks(matrix(5, 300, seed=18))
+    learned = a._replace(scales=a.scales.clone().requires_grad_())
+    assert torch.equal(fp8_matmul(learned, b, accumulator), fp8_matmul(a, b, accumulator))
+
+
 @pytest.mark.parametrize("accumulator", ["fp32", "h800"])
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 40), (3, 0, 40), (3, 4, 0)])
 def test_sizes_of_zero_give_zeros(m, n, k, accumulator):
@@ -158,6 +172,7 @@ def operand(*shape, tile=(1, 128), **how):
 X, W = operand(3, 256), operand(4, 256)
 OTHER_CODES = X._replace(codes=X.codes.view(torch.uint8))
 OTHER_SCALES = X._replace(scales=X.scales[:, :1])
+STRADDLING = BlockScaled(torch.zeros(2, 3, 256).to(X.codes.dtype), torch.ones(2, 2, 2), (2, 128))
 ELSEWHERE = X._replace(codes=X.codes.to("meta"), scales=X.scales.to("meta"))
 
 
@@ -167,6 +182,7 @@ ELSEWHERE = X._replace(codes=X.codes.to("meta"), scales=X.scales.to("meta"))
     (OTHER_CODES, W, {}, TypeError, "codes in torch.uint8; expected float8_e4m3fn or float8_e5m2"),
     (OTHER_SCALES, W, {}, ValueError, r"scales of shape \(3, 1\) beside codes \(3, 256\); expected \(3, 2\)"),
     (ELSEWHERE, W, {}, ValueError, "operands on meta and cpu"),
+    (STRADDLING, W, {}, ValueError, r"shape \(2, 3, 256\); expected a matrix \[row, column\] for 2 x 128 tiles"),
     (X, operand(4, 255), {}, ValueError, r"\(3, 256\) and \(4, 255\); expected \[..., K\] and \[N, K\]"),
     (X, operand(256, 4), {}, ValueError, "b is transposed here"),
     (X, operand(2, 4, 256), {}, ValueError, r"expected \[..., K\] and \[N, K\]"),

@@ -1,5 +1,6 @@
 """Tiles and blocks in FP8: the codes and scales of the released kernels, bit for bit, ragged edges included."""
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from deepseek_lab.precision import (
     E4M3,
     E5M2,
     BlockScaled,
+    fp8_matmul,
     quantize,
     quantize_blocks,
     quantize_tensor,
@@ -313,6 +315,8 @@ def test_published_tensors_that_do_not_belong_together_are_refused():
         (dict(tile=(0, 128)), "from 1 up"),
         (dict(tile=(128,)), "from 1 up"),
         (dict(tile=(1.0, 128)), "from 1 up"),
+        (dict(tile=128), "got tile=128; expected two whole numbers"),
+        (dict(tile=None), "got tile=None; expected two whole numbers"),
     ],
 )
 def test_what_does_not_exist_is_refused(how, says):
@@ -329,3 +333,41 @@ def test_tiles_run_along_one_of_the_last_two_axes():
 def test_only_tensors_of_floating_point_numbers_are_scaled(bad):
     with pytest.raises(TypeError, match="floating-point"):
         quantize_tiles(bad)
+    with pytest.raises(TypeError, match="floating-point"):
+        quantize_tensor(bad)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "says"),
+    [
+        ((2, 3, 4), (2, 128), r"shape \(2, 3, 4\); expected a matrix \[row, column\] for 2 x 128 tiles"),
+        ((3,), (2, 128), r"shape \(3,\); expected a matrix"),
+        ((), (1, 128), r"shape \(\); expected a matrix"),
+        ((2, 3), (0, 128), "from 1 up"),
+        ((2, 3), (1, 1, 128), "from 1 up"),
+    ],
+)
+def test_codes_that_have_no_such_tiles_are_refused(shape, tile, says):
+    codes = torch.ones(shape).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=f"BlockScaled got .*{says}"):
+        BlockScaled(codes, torch.ones(shape), tile).dequantize()
+
+
+def test_scales_in_training_are_taken_as_they_are():
+    q = quantize_tiles(matrix(5, 300))
+    assert torch.equal(q._replace(scales=q.scales.clone().requires_grad_()).dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("kernels", ["reference", "numba"])
+def test_a_tile_far_larger_than_the_matrix_is_one_scale_for_it(kernels, monkeypatch):
+    monkeypatch.setenv("LAB_KERNELS", kernels)
+    x = matrix(5, 7)
+    huge, whole = quantize(x, (1 << 50, 1 << 50)), quantize_tensor(x)
+    assert torch.equal(huge.codes.float(), whole.codes.float()) and torch.equal(huge.scales, whole.scales)
+    assert torch.equal(huge.dequantize(), whole.dequantize())
+
+
+def test_a_copied_format_is_published_like_the_original(monkeypatch):
+    monkeypatch.setattr(BlockScaled, "format", property(lambda self: copy.deepcopy(E4M3)))
+    assert quantize_blocks(matrix(3, 4)).to_published("w").keys() == {"w", "w_scale_inv"}
+    assert fp8_matmul(quantize_blocks(matrix(3, 4)), quantize_blocks(matrix(3, 4)), "h800").shape == (3, 3)

@@ -138,10 +138,35 @@ def test_what_cannot_be_studied_is_refused():
         outlier_study(torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"place \(2, 0\) is outside a matrix of 2 x 4"):
         outlier_study(torch.ones(2, 4), places=((2, 0),))
-    with pytest.raises(ValueError, match="cannot bring NaN or infinity into"):
-        outlier_study(torch.ones(2, 4), sizes=(math.inf,))
+    with pytest.raises(ValueError, match="NaN or infinity among its values"):
+        outlier_study(torch.full((2, 4), math.nan))
+    for size in (math.inf, math.nan, 1e300):
+        with pytest.raises(ValueError, match="times 1 is no finite number in float32"):
+            outlier_study(torch.ones(2, 4), sizes=(2.0, size), nonfinite="pass")
+    with pytest.raises(ValueError, match="got no sizes"):
+        outlier_study(torch.ones(2, 4), sizes=())
+    with pytest.raises(ValueError, match=r"no outlier at \(1, 1\); it has \(0, 1\)"):
+        outlier_study(torch.ones(2, 4), places=((0, 1),)).errors((1, 1))
     alone = outlier_study(torch.ones(1, 1), sizes=(3.0,))
     assert alone.errors()["tensor"] == [0.0]
+
+
+@pytest.mark.parametrize("typical", [1e-12, 1e-25, 1e-40])
+def test_what_is_lost_altogether_is_an_error_of_one(typical):
+    """Below 1e-4 scales stop to follow the largest value, and all the others become 0."""
+    x = torch.randn(8, 300, generator=torch.Generator().manual_seed(3)) * typical
+    study = outlier_study(x, sizes=(1e3,))
+    assert study.typical == pytest.approx(x.double().square().mean().sqrt().item())
+    for place in study.places:
+        assert study.errors(place) == {way: [1.0] for way in ("tensor", "128 x 128 block", "1 x 128 tile")}
+    record = study.records[1e3, (0, 0)]["tensor"]
+    assert record.zeros == (x != 0).sum() - 1 and (record.tile_errors == 1).all()
+
+
+def test_places_may_come_as_lists_and_from_a_generator():
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(4))
+    study = outlier_study(x, sizes=(3.0,), places=([i, 2 * i] for i in range(2)))
+    assert study.places == ((0, 0), (1, 2)) and study.errors([1, 2]) == study.errors((1, 2))
 
 
 def test_the_nearest_value_is_one_of_all_values():

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_runs import DENSE, RECIPE, SMALL, TEXT, batches, fresh
 
+from deepseek_lab.model import apply_policy
+from deepseek_lab.precision import PrecisionPolicy
 from deepseek_lab.training import state as state_module
 from deepseek_lab.training import train
 
+V3, WIDE = PrecisionPolicy(), PrecisionPolicy(products="fp32")
 TESTS = Path(__file__).resolve().parent.parent
 CONFIGS = {"v3": SMALL, "llama": DENSE, "tied": DENSE.replace(model_type="qwen2", tie_word_embeddings=True)}
 
@@ -67,6 +71,28 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, stops, tmp_pat
     assert list(train(fresh(CONFIGS[name], 9), batches(), RECIPE, checkpoint=file, resume=True)) == []
 
 
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [(V3, WIDE), (WIDE, V3), (V3, V3.replace(wide=())), (V3, V3.replace(scale="ue8m0"))],
+    ids=["narrow then wide", "wide then narrow", "more places", "other scales"],
+)
+def test_a_run_by_another_policy_is_refused(then, now, tmp_path):
+    file = tmp_path / "run.safetensors"
+    stopped(apply_policy(fresh(DENSE), then), file, 1)
+    with pytest.raises(ValueError, match="written by a run with another policy"):
+        next(train(apply_policy(fresh(DENSE), now), batches(), RECIPE, checkpoint=file, resume=True))
+    assert len(stopped(apply_policy(fresh(DENSE), then), file, 1, resume=True)) == 1
+
+
+def test_a_file_that_says_nothing_of_policies_is_one_of_a_plain_model(tmp_path):
+    file = tmp_path / "run.safetensors"
+    stopped(fresh(DENSE), file, 1)
+    with safe_open(file, framework="pt") as opened:
+        metadata = {key: value for key, value in opened.metadata().items() if key != "policy"}
+    save_file(load_file(file), file, metadata)
+    assert len(stopped(fresh(DENSE), file, 1, resume=True)) == 1
+
+
 def test_checkpoints_are_written_every_few_steps_and_at_the_end(tmp_path, monkeypatch):
     written = []
     save = state_module.save_file
@@ -84,8 +110,17 @@ def test_a_run_without_a_file_writes_none(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(autouse=True)
+def interrupts_arrive():
+    """A shell makes what it starts in the background deaf to Ctrl-C, these tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 INTERRUPTED = """
-import sys, torch
+import signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 from training_runs import *
 from deepseek_lab.training import train

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from deepseek_lab.plots.bits import bits_sheet
-from deepseek_lab.precision import FORMATS, Code, round_number
+from deepseek_lab.precision import FORMATS, Code, FloatFormat, round_number
 from deepseek_lab.widgets import bit_explorer
 
 
@@ -87,6 +87,18 @@ def test_no_format_moves_the_picture():
     widgets = [bit_explorer(name) for name in FORMATS]
     heights = {(*(part.layout.height for part in (*w.rows, w.note)), w.sheet.height) for w in widgets}
     assert len(heights) == 1
+
+
+@pytest.mark.parametrize("fmt", [FloatFormat("E3M4", 3, 4, 3), FloatFormat("E4M3", 4, 3, 8),
+                                 FloatFormat("E10M30", 10, 30, 511)], ids=["new", "namesake", "longer"])  # fmt: skip
+def test_a_format_of_ones_own_is_shown_beside_the_others(fmt):
+    widget = bit_explorer(fmt, 0.1)
+    label = bits_sheet(round_number(0.1, fmt)).label
+    assert widget.format is fmt and widget.summary() == label and shown(widget) == f"{fmt.code(0.1):0{fmt.bits}b}"
+    widget.controls["fmt"].value = "E5M2"
+    assert widget.format is FORMATS["E5M2"]
+    widget.controls["fmt"].value = fmt.name
+    assert widget.summary() == label
 
 
 def test_without_a_kernel_the_widget_is_a_picture_and_a_line():
