@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..kernels.dispatch import body_for
 from ..precision.linear import input_in_use, weight_in_use
 from .caches import ExpandedCache, LatentCache
+from .fp8_cache import Fp8LatentCache
 from .masks import causal_mask, check_positions
 from .norm import RMSNorm
 from .rope import RotaryTable, rotate_halves, rotate_pairs, softmax_scale, turns_of_heads
@@ -62,7 +64,7 @@ class LatentAttention(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        cache: LatentCache | ExpandedCache | None = None,
+        cache: LatentCache | Fp8LatentCache | ExpandedCache | None = None,
         absorb: bool | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
@@ -73,13 +75,16 @@ class LatentAttention(nn.Module):
         mask = causal_mask(x, x.shape[1] + (cache.length if cache is not None else 0), hidden)
         check_positions(x, positions, cache, hidden)
         q_nope, q_rope, memory = self._project(x, positions)
+        if absorb is None:
+            absorb = cache is not None and not rebuilt and x.shape[1] == 1
         if rebuilt:
             k, v = self._rebuild(memory)
             memory = tuple(kept.to(x.dtype) for kept in cache.append(k.to(cache.dtype), v.to(cache.dtype)))
+        elif absorb and hidden is None and self._is_read_as_stored(x, cache):
+            cache.store(memory)
+            return self.o_proj(self._values(self._mix_by_kernel(self._absorb(q_nope, q_rope), cache)))
         elif cache is not None:
             memory = cache.append(memory.to(cache.dtype)).to(x.dtype)
-        if absorb is None:
-            absorb = cache is not None and not rebuilt and x.shape[1] == 1
         attend = self._attend_absorbed if absorb else self._attend_expanded
         return self.o_proj(attend(mask, q_nope, q_rope, memory))
 
@@ -124,21 +129,52 @@ class LatentAttention(nn.Module):
     def _attend_absorbed(self, mask: dict, q_nope: Tensor, q_rope: Tensor, joint: Tensor) -> Tensor:
         c = self.config
         B, H, T, _ = q_nope.shape
-        rebuild = weight_in_use(self.kv_b_proj).unflatten(0, (H, -1))  # [head, nope + v, latent]
-        w_uk, w_uv = rebuild.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         latent, rope_key = joint.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         read = input_in_use(self.kv_b_proj, latent)  # what expanded attention would rebuild keys and values from
         joint = joint if read is latent else torch.cat([read, rope_key], dim=-1)
-        # q_nope . (W_UK latent) = (W_UK^T q_nope) . latent: the query carries the matrix, the memory stays small.
-        q_latent = torch.bmm(q_nope.transpose(0, 1).reshape(H, B * T, -1), w_uk).view(H, B, T, -1).transpose(0, 1)
-        q, joint = self.round_core(torch.cat([q_latent, q_rope], dim=-1)), self.round_core(joint)
-        q = q.view(B, H * T, c.latent_width)
-        scores = torch.bmm(q, joint.transpose(1, 2)).view(B, H, T, -1) * self.scale
+        q, joint = self.round_core(self._absorb(q_nope, q_rope)), self.round_core(joint)
+        scores = torch.bmm(q.flatten(1, 2), joint.transpose(1, 2)).view(B, H, T, -1) * self.scale
         if mask:
             allowed = mask.get("attn_mask", scores.new_ones(T, T, dtype=torch.bool).tril())
             scores = scores.masked_fill(~allowed, float("-inf"))
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(joint.dtype)
         mixed = torch.bmm(weights.view(B, H * T, -1), joint[..., : c.kv_lora_rank])  # one latent per head and token
-        mixed = mixed.view(B, H, T, -1).transpose(0, 1).reshape(H, B * T, -1)
-        out = torch.bmm(mixed, w_uv.transpose(1, 2))  # [head, batch * token, v]
+        return self._values(mixed.view(B, H, T, -1))
+
+    def _absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        """Return queries that ask latents and rope keys: [batch, head, token, latent + rope]."""
+        w_uk, _ = self._rebuilding()
+        B, H, T, _ = q_nope.shape
+        # q_nope . (W_UK latent) = (W_UK^T q_nope) . latent: the query carries the matrix, the memory stays small.
+        q_latent = torch.bmm(q_nope.transpose(0, 1).reshape(H, B * T, -1), w_uk).view(H, B, T, -1).transpose(0, 1)
+        return torch.cat([q_latent, q_rope], dim=-1)
+
+    def _values(self, mixed: Tensor) -> Tensor:
+        """Rebuild every head's value from its mixed latent [batch, head, token, latent]: [batch, token, head * v]."""
+        _, w_uv = self._rebuilding()
+        B, H, T, _ = mixed.shape
+        out = torch.bmm(mixed.transpose(0, 1).reshape(H, B * T, -1), w_uv.transpose(1, 2))  # [head, batch * token, v]
         return out.view(H, B, T, -1).permute(1, 2, 0, 3).flatten(2)
+
+    def _rebuilding(self) -> tuple[Tensor, Tensor]:
+        """Return W_UK [head, nope, latent] and W_UV [head, v, latent]."""
+        c = self.config
+        rebuild = weight_in_use(self.kv_b_proj).unflatten(0, (c.num_attention_heads, -1))
+        return rebuild.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+
+    def _is_read_as_stored(self, x: Tensor, cache) -> bool:
+        """Whether a kernel can read the memory in its eight or sixteen bits, instead of a copy made of 32.
+
+        It rounds nothing on the way, knows no gradients, and takes one float32 token.
+        """
+        narrow = isinstance(cache, Fp8LatentCache) or (isinstance(cache, LatentCache) and cache.dtype == torch.bfloat16)
+        single = x.shape[1] == 1 and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        rounds = type(self).round_core is not LatentAttention.round_core or hasattr(self.kv_b_proj, "policy")
+        return narrow and single and not rounds and not torch.is_grad_enabled()
+
+    def _mix_by_kernel(self, q: Tensor, cache) -> Tensor:
+        """Return a latent for every head [batch, head, 1, latent] of queries [batch, head, 1, latent + rope]."""
+        body, q = body_for(q), q[:, :, 0].contiguous()
+        if isinstance(cache, Fp8LatentCache):
+            return body.decode_attention_fp8(q, *cache.parts(), cache.length, self.scale)[:, :, None]
+        return body.decode_attention(q, *cache.view(), cache.length, self.scale, self.config.kv_lora_rank)[:, :, None]

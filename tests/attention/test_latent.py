@@ -5,8 +5,17 @@ import references
 import torch
 from references import difference
 
-from deepseek_lab.attention import GroupedAttention, GroupedCache, LatentAttention, LatentCache
+from deepseek_lab.attention import (
+    Fp8LatentCache,
+    GroupedAttention,
+    GroupedCache,
+    LatentAttention,
+    LatentCache,
+    new_cache,
+)
 from deepseek_lab.config import ModelConfig, RopeScaling
+from deepseek_lab.model import Transformer, apply_policy
+from deepseek_lab.precision import PrecisionPolicy
 from deepseek_lab.presets import PRESETS
 
 BASE = PRESETS["tiny"].replace(hidden_size=48, num_attention_heads=3, num_key_value_heads=3)
@@ -112,3 +121,33 @@ def test_each_kind_of_attention_refuses_the_others_config():
     with pytest.raises(ValueError, match="needs kv_lora_rank"):
         _ = PRESETS["llama-3.1-8b"].latent_width
     assert GroupedCache(PRESETS["llama-3.1-8b"], capacity=1).nbytes == 0
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("latent_fp8", torch.float32), ("latent", torch.bfloat16)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_narrow_memory_is_read_as_it_is_stored_with_the_same_result(layout, dtype, batch, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = filled(BASE), torch.randn(batch, 70, BASE.hidden_size)
+    with torch.no_grad():
+        whole = new_cache(BASE, batch, 70, dtype, layout=layout)
+        layer(x[:, :69], torch.arange(69), whole)
+        widened, read = whole.fork(), []
+        monkeypatch.setattr(Fp8LatentCache, "view", lambda self: read.append(self))  # would widen the whole memory
+        monkeypatch.setattr(LatentAttention, "_attend_absorbed", lambda *args: read.append(args))
+        got = layer(x[:, 69:], torch.tensor([69]), whole)
+        monkeypatch.undo()
+    expected = layer(x[:, 69:], torch.tensor([69]), widened)  # gradients are on, which no kernel has
+    assert not read and expected.requires_grad
+    assert torch.equal(whole.view()[0], widened.view()[0])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", [PrecisionPolicy(), PrecisionPolicy(products="bf16", wide=())])
+def test_what_a_policy_rounds_is_not_left_out_by_the_kernels(policy):
+    model = apply_policy(Transformer(BASE), policy)
+    layer, (x, positions) = model.layers[0].self_attn, inputs(BASE)
+    with torch.no_grad():
+        fast, slow = (new_cache(BASE, 2, 19, torch.bfloat16) for _ in range(2))
+        got = [layer(x[:, :18], positions[:18], fast), layer(x[:, 18:], positions[18:], fast)][1]
+        layer(x[:, :18], positions[:18], slow)
+    assert torch.equal(got, layer(x[:, 18:], positions[18:], slow).detach())
