@@ -184,6 +184,15 @@ DEEPGEMM_TOLERANCE = fact(
     1e-3, "calc_diff", "DeepGEMM repository, tests (commit 54e2261)", "1 - 2xy / (xx + yy) of FP8 and BF16 results"
 )
 
+# Where experts live and how tokens reach them ---------------------------------------------------------------------
+
+V3_NODE_LIMIT = fact(4, "nodes per token", f"{_V3}, section 3.2.2")
+V3_EXPERT_NODES = fact(8, "nodes", f"{_V3}, section 3.2", "64-way expert parallelism in training: 4 experts on a GPU")
+V3_FREE_EXPERTS_PER_NODE = fact(
+    3.2, "experts per node", f"{_V3}, section 3.2.2", "on average: NVLink is 3.2 times as fast as the network"
+)
+V3_REDUNDANT_EXPERTS = fact(32, "experts", f"{_V3}, section 3.4.1", "while prompts are read: one more on each GPU")
+
 MASSIVE_ACTIVATIONS = fact(
     100_000, "times as large as others", "Massive Activations in Large Language Models (arXiv 2402.17762), abstract",
     "an example: very few of a large model's activations",

@@ -138,6 +138,44 @@ def attention(body, device) -> int:
     return count
 
 
+def sorting(tokens: int, choices: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An order of slots, as of a router with four experts, and its inverse."""
+    experts = torch.randint(4, (tokens * choices,), generator=torch.Generator().manual_seed(seed))
+    order = experts.argsort(stable=True)
+    return order, order.argsort()
+
+
+def dispatch(body, device) -> int:
+    """Rows shorter and longer than a warp and than a block, one choice and several; NaN and infinity in a row."""
+    count = 0
+    for dtype, (tokens, choices, hidden) in itertools.product(
+        (torch.float32, torch.bfloat16), [(3, 2, 70), (1, 3, 5), (4, 1, 32)]
+    ):
+        x, answers = numbers(tokens, hidden, seed=11), numbers(tokens * choices, hidden, seed=12)
+        answers[0, :3] = torch.tensor([float("nan"), float("inf"), 3.4e38])
+        weights = torch.rand(tokens, choices, generator=torch.Generator().manual_seed(13)).to(device) + 0.5
+        order, back = (index.to(device) for index in sorting(tokens, choices, seed=14))
+        x, answers = (rows.to(device, dtype) for rows in (x, answers))
+        for call, *given in [
+            ("permute", x, order, choices),
+            ("unpermute", answers, back, weights),
+            ("unpermute_gradients", x, answers, order, weights),
+        ]:
+            got, expected = (getattr(some, call)(*given) for some in (body, reference))
+            pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+            count += sum(same_rows(*pair) for pair in pairs)
+    none = torch.ones(0, 4, device=device), torch.ones(0, dtype=torch.int64, device=device)
+    assert body.permute(*none, 2).shape == (0, 4)
+    assert body.unpermute(*none, torch.ones(0, 2, device=device)).shape == (0, 4)
+    return count
+
+
+def same_rows(got: torch.Tensor, expected: torch.Tensor) -> int:
+    """The same for rows in BF16 too."""
+    assert got.dtype == expected.dtype
+    return same(got.float(), expected.float())
+
+
 def nothing(body, device) -> int:
     """Tensors without elements, with and without the other axis."""
     fmt, scales = FORMATS["E4M3"], torch.ones(3, 0, device=device)
@@ -167,6 +205,7 @@ CHECKS = {
         default_dtype,
         product,
         attention,
+        dispatch,
         nothing,
         chosen,
     )

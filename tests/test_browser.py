@@ -46,6 +46,14 @@ steps.append(pool_step(pool, "append 9 tokens to both forks"))
 display(lab.widgets.cache_race(), lab.widgets.absorption_explorer())
 lab.widgets.paged_cache(steps)
 """
+# The way of a text's tokens to the nodes of their experts.
+TRAFFIC = """
+import deepseek_lab as lab
+text = "def to_bytes(value): return bytes(value)"
+model = lab.checkpoints.load("tiny")
+trace = lab.experts.trace_routing(model, lab.data.ByteTokenizer().encode(text)[None])
+lab.widgets.traffic_map(lab.experts.trace_traffic(trace, model.config), text)
+"""
 
 
 def lab_command(*variables: str) -> list[str]:
@@ -169,13 +177,13 @@ def test_the_memory_bar_fits_a_column_of_600_pixels(start, picture):
 
 @pytest.fixture(scope="module")
 def one_cell(lab):
-    """Notebooks of one cell each, beside the course: replay.ipynb, explorers.ipynb and caches.ipynb."""
+    """Notebooks of one cell each, beside the course: replay, explorers, caches, traffic."""
     import nbformat
 
     url, token = lab
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     headers = {"Authorization": f"token {token}", "Content-Type": "application/json"}
-    for name, source in (("replay", REPLAY), ("explorers", EXPLORERS), ("caches", CACHES)):
+    for name, source in (("replay", REPLAY), ("explorers", EXPLORERS), ("caches", CACHES), ("traffic", TRAFFIC)):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip())], metadata=kernel)
         body = json.dumps({"type": "notebook", "content": notebook}).encode()
         request = urllib.request.Request(f"{url}/api/contents/notebooks/{name}.ipynb", body, headers, method="PUT")
@@ -188,6 +196,7 @@ def one_cell(lab):
         ("11_assemble_the_model.ipynb", "expert-routes", "token", "layer"),
         ("replay.ipynb", "training-replay", "step", "expert layer"),
         ("explorers.ipynb", "outlier-explorer", "outlier", "place"),
+        ("traffic.ipynb", "traffic-map", "token", "layer"),
         ("03_fp8_matmul.ipynb", "accumulator", "fraction bits", "promoted"),
     ],
 )

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import references
 import torch
+import training_runs
 from references import LATENT, LLAMA, cached_logits, difference, published_logits, token_ids
 
 from deepseek_lab import precision
@@ -16,6 +17,7 @@ from deepseek_lab.attention.layouts import new_cache
 from deepseek_lab.experts import Router, Routing
 from deepseek_lab.model import Transformer
 from deepseek_lab.presets import PRESETS
+from deepseek_lab.training import loop
 
 V3 = PRESETS["deepseek-v3"]
 TINY = PRESETS["tiny"]
@@ -210,6 +212,23 @@ def test_groups_ranked_by_their_best_are_caught_by_the_published_logits(v3_pair)
     assert equals_the_published_implementation(v3_pair)
     make_wrong(v3_pair[1], "gate", BestOfGroup)
     assert not equals_the_published_implementation(v3_pair)
+
+
+def gate_gradients(factor) -> torch.Tensor:
+    """The gradients of all gates in one training step with the expert loss at this factor."""
+    model, gradients = references.fill(training_runs.fresh(training_runs.SMALL)), []
+    for layer in model.expert_layers():
+        layer.gate.weight.register_hook(gradients.append)
+    next(loop.train(model, training_runs.batches(), dataclasses.replace(training_runs.RECIPE, expert_loss=factor)))
+    return torch.cat(gradients)
+
+
+def test_a_balance_loss_that_is_never_added_is_caught_by_the_gradient_of_the_gate(monkeypatch):
+    without = gate_gradients(0.0)
+    assert difference(gate_gradients(0.5), without) > 1e-2
+    right = loop.balance_loss  # computed, shown in every record, and no part of what is learned
+    monkeypatch.setattr(loop, "balance_loss", lambda *inputs: right(*inputs).detach())
+    assert torch.equal(gate_gradients(0.5), without)
 
 
 # Eight bits --------------------------------------------------------------------------------------------------------

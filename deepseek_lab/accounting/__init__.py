@@ -6,6 +6,7 @@ keys it used and its source. `measured` counts the same parts on live objects an
 
 # Imported at once, and in this order: a function that shares its module's name must be what `accounting.<name>` finds.
 from .decode import decode_step, equal_ridge
+from .dispatch import dispatch_bytes, expected_nodes
 from .ledger import Ledger, Line
 from .memory import checkpoint_elements, kv_cache, weights
 from .memory_state import MemoryState
@@ -17,7 +18,9 @@ __all__ = [
     "MemoryState",
     "checkpoint_elements",
     "decode_step",
+    "dispatch_bytes",
     "equal_ridge",
+    "expected_nodes",
     "kv_cache",
     "parameters",
     "weights",

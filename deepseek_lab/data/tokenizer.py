@@ -27,6 +27,10 @@ class ByteTokenizer:
             else torch.empty(0).long()
         )
 
+    def pieces(self, text: str) -> list[str]:
+        """Return what stands for each token of a text: an ASCII letter itself, a byte of any other as "C3"."""
+        return [chr(byte) if byte < 128 else f"{byte:02X}" for byte in self.encode(text).tolist()]
+
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """Return the text of tokens [token]. Special tokens vanish, bytes that are no UTF-8 become U+FFFD.
 

@@ -1,16 +1,22 @@
 """A feed-forward layer of many small networks, of which each token meets a few.
 
 The weights of all experts are stacked. Tokens are sorted by expert, one grouped matrix product serves all experts, and
-the answers go back to their tokens, weighted. No token is dropped, however busy its expert is (as in DeepSeek-V3).
+the answers go back to their tokens, weighted. No token is dropped, however busy its expert is (as in DeepSeek-V3),
+unless one asks for the capacity of DeepSeek-V2.
 
-Source: DeepSeekMoE (arXiv 2401.06066), equations 9 to 11; DeepSeek-V3 report, equation 12.
+Sources: DeepSeekMoE (arXiv 2401.06066), equations 9 to 11; DeepSeek-V3 report, equation 12; DeepSeek-V2 report,
+section 2.2.4.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from ..config import ModelConfig
+from ..kernels.reference_dispatch import ROWS
 from .router import Router, Routing
 
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what torch's grouped product takes
@@ -68,10 +74,16 @@ class Experts(nn.Module):
 class ExpertLayer(nn.Module):
     """Shared experts for every token and routed experts for the tokens that chose them.
 
-    forward(x [batch, token, hidden]) -> the same shape. Afterwards `load` says how many tokens each expert got.
+    forward(x [batch, token, hidden]) -> the same shape. Afterwards `load` says how many tokens chose each expert.
+
+    With `capacity_factor` set, a device (a group of experts) that got more than so many times its fair share drops the
+    choices with the lowest scores, while the layer is in training. A dropped choice is not computed and adds nothing;
+    `dropped` counts those of the last pass. (DeepSeek-V2 takes 1.0, and drops nothing in a tenth of the sequences.)
     """
 
     FEW = 16  # slots up to which experts are read one by one
+    capacity_factor: float | None = None
+    dropped = 0
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -88,51 +100,97 @@ class ExpertLayer(nn.Module):
 
     @property
     def load(self) -> Tensor:
-        """How many tokens each expert got in the last forward pass: [expert] int64."""
+        """How many tokens chose each expert in the last forward pass: [expert] int64."""
         if self._chosen is None:
             raise ValueError("this layer has routed nothing yet; call the model first, then ask for its load")
         return torch.bincount(self._chosen.flatten(), minlength=len(self.experts.down_proj))
 
     def _routed(self, x: Tensor, routing: Routing) -> Tensor:
         experts, weights = routing.experts, routing.weights.to(x.dtype)
-        self._chosen = experts
-        if self.experts.reads_few and experts.numel() <= self.FEW and not torch.is_grad_enabled():
+        self._chosen, self.dropped = experts, 0
+        count, choices = len(self.experts.down_proj), experts.shape[1]
+        if self.training and self.capacity_factor is not None:
+            dropped = over_capacity(routing, self.gate.config.n_group, self.capacity_factor)
+            self.dropped = int(dropped.sum())
+            experts = experts.masked_fill(dropped, count)  # sorted behind the last expert
+        elif self.experts.reads_few and experts.numel() <= self.FEW and not torch.is_grad_enabled():
             return self.experts.forward_few(x, experts, weights)
-        choices = experts.shape[1]
         order = experts.flatten().argsort(stable=True)  # slot = token * choices + choice, now sorted by expert
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         sent = Dispatch.apply(x, order, back, choices)
-        answers = Permute.apply(self.experts(sent, self.load), back, order).unflatten(0, (-1, choices))
-        return torch.bmm(weights[:, None], answers).squeeze(1)
+        if self.dropped:
+            kept = torch.bincount(experts.flatten(), minlength=count)[:count]
+            answers = F.pad(self.experts(sent[: -self.dropped], kept), (0, 0, 0, self.dropped))  # theirs are zeros
+        else:
+            answers = self.experts(sent, self.load)
+        return Combine.apply(answers, weights.to(wide(weights.dtype)), order, back)
 
 
-class Permute(torch.autograd.Function):
-    """Reorder rows. A permutation's gradient is its inverse: a read, where indexing would scatter and add."""
+def over_capacity(routing: Routing, devices: int, factor: float) -> Tensor:
+    """Return which choices [token, choice] find no room: those with the lowest scores on each device.
 
-    @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+    A device holds the next experts in order, as many as any other, and has room for `factor` times the slots that it
+    would get if all got the same, rounded up. Of equal scores the earlier token stays.
+    """
+    experts, scores = routing.experts, routing.scores.detach()
+    if devices < 1 or scores.shape[1] % devices:
+        raise ValueError(f"n_group={devices} does not divide {scores.shape[1]} experts; with a capacity_factor every "
+                         "device (group) needs the same number")  # fmt: skip
+    if not 0 < factor < math.inf:
+        raise ValueError(f"capacity_factor={factor}; choose a number above 0, such as 1.0 (V2), or None for no limit")
+    room = math.ceil(factor * experts.numel() / devices)
+    device = (experts // (scores.shape[1] // devices)).flatten()
+    best_first = scores.gather(1, experts).flatten().argsort(descending=True, stable=True)
+    by_device = best_first[device[best_first].argsort(stable=True)]  # and on each device the best first
+    sizes = torch.bincount(device, minlength=devices)
+    place = torch.arange(len(device), device=device.device) - (sizes.cumsum(0) - sizes)[device[by_device]]
+    return torch.empty_like(device, dtype=torch.bool).index_copy(0, by_device, place >= room).view_as(experts)
 
 
 class Dispatch(torch.autograd.Function):
     """Copy each token once per choice, sorted by expert: x [token, hidden] -> [slot, hidden]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(ctx, x: Tensor, order: Tensor, back: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(order, back)
         ctx.choices = choices
-        return x.index_select(0, order // choices)
+        return moving(x).permute(x, order, choices)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        by_token = gradient.index_select(0, ctx.saved_tensors[0]).unflatten(0, (-1, ctx.choices))
-        return by_token.sum(1), None, None, None
+        order, back = ctx.saved_tensors
+        ones = gradient.new_ones(len(back) // ctx.choices, ctx.choices, dtype=wide(gradient.dtype))
+        return Combine.apply(gradient, ones, order, back), None, None, None
+
+
+class Combine(torch.autograd.Function):
+    """Sum each token's answers by weight: answers [slot, hidden], weights [token, choice] -> [token, hidden].
+
+    An inverse permutation reads where the gradient of indexing would scatter and add.
+    """
+
+    @staticmethod
+    def forward(ctx, answers: Tensor, weights: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(answers, weights, order)
+        return moving(answers).unpermute(answers, back, weights)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        answers, weights, order = ctx.saved_tensors
+        body = kernels.reference if torch.is_grad_enabled() else moving(answers)  # gradients of gradients: by torch
+        return *body.unpermute_gradients(gradient, answers, order, weights), None, None
+
+
+def moving(rows: Tensor):
+    """Return the module whose permute and unpermute these rows take: compiled on a CPU, elsewhere torch operations."""
+    compiled = kernels.active() == "numba" and rows.device.type == "cpu" and rows.dtype in ROWS
+    return kernels.body_for(rows) if compiled else kernels.reference
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of this dtype are kept in: float32, or float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -25,7 +25,11 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """The gate of one mixture-of-experts layer. forward(x [token, hidden]) -> Routing."""
+    """The gate of one mixture-of-experts layer. forward(x [token, hidden]) -> Routing.
+
+    Of two experts with equal scores the lower index is chosen. A score that is not a number counts as the largest, so
+    the weights and the answer of its token are not numbers either, and nobody takes them for some.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -64,13 +68,30 @@ class Router(nn.Module):
             scores = scores + self.e_score_correction_bias
         if c.topk_method != "greedy" and c.topk_group < c.n_group:
             scores = scores.masked_fill(~self._kept(scores), float("-inf"))  # 0 would let a dropped expert win
-        return scores.topk(c.num_experts_per_tok, dim=-1).indices
+        return largest(scores, c.num_experts_per_tok)
 
     def _kept(self, scores: Tensor) -> Tensor:
         """Which experts [token, expert] belong to one of the `topk_group` best groups."""
         c = self.config
         grouped = scores.unflatten(-1, (c.n_group, -1))  # [token, group, expert in group]
-        best = 2 if c.topk_method == "noaux_tc" else 1  # V3 adds the two best of a group, V2 takes the best
-        groups = grouped.topk(best, dim=-1).values.sum(-1).topk(c.topk_group, dim=-1).indices
+        total, first = grouped.max(dim=-1, keepdim=True)  # V2 takes the best of a group ...
+        if c.topk_method == "noaux_tc":  # ... V3 adds the two best; for two, looking twice is faster than topk
+            total = total + grouped.scatter(-1, first, float("-inf")).amax(-1, keepdim=True)
+        groups = largest(total.squeeze(-1), c.topk_group)
         kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, groups, True)
         return kept[..., None].expand_as(grouped).flatten(1)
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """Return the indices of the `count` largest of each row [..., count], the largest first, the lower index at a tie.
+
+    `topk` is faster than a sort but leaves ties open: rows in which it met one are sorted.
+    """
+    if values.numel() <= 512:  # one sort costs less than looking for ties
+        return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    top, indices = values.topk(min(count + 1, values.shape[-1]), dim=-1)
+    clear = top[..., 1:] < top[..., :-1]  # False also for what is not a number
+    if not clear.all():
+        tied = ~clear.all(-1)
+        indices[tied] = values[tied].sort(dim=-1, descending=True, stable=True).indices[:, : top.shape[-1]]
+    return indices[..., :count]

@@ -1,21 +1,31 @@
 """Write down what every router of a model decided for one text, and what it would have decided without its two rules.
 
 DeepSeek-V3 adds a correction bias when it chooses and keeps each token inside a few groups of experts. A trace holds
-the choice as it was, and the choices without the bias and without the group limit, from the same scores.
+the choice as it was, and the choices without the bias, without the group limit and without both, from the same scores.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
 from .layer import ExpertLayer
 from .router import Router, Routing
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What every token of a text chose in one layer under the same rules."""
+
+    chosen: Tensor  # [token, choice] int64, the best first
+    weights: Tensor  # [token, choice] float32, what each chosen expert's answer is multiplied by
+    kept: Tensor  # [token, group] bool, the groups in which a token may choose
+    shares: Tensor | None = None  # [token, choice + 1] float32, see `trace_routing`
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +35,30 @@ class LayerTrace:
     layer: int  # index in the model
     scores: Tensor  # [token, expert] float32, without the correction bias
     bias: Tensor  # [expert] float32, zeros where the router has none
-    chosen: Tensor  # [token, choice] int64, the best first
-    weights: Tensor  # [token, choice] float32, what each chosen expert's answer is multiplied by
     groups: Tensor  # [expert] int64, the group that each expert belongs to
-    kept: Tensor  # [token, group] bool, the groups in which a token may choose
-    without_bias: Tensor  # [token, choice] int64, the choice with a bias of zero and the same group limit
-    without_groups: Tensor  # [token, choice] int64, the choice among all groups with the same bias
+    choices: Mapping[tuple[bool, bool], Choice]  # by (with bias, with group limit); (True, True) is the model's
+
+    @property
+    def chosen(self) -> Tensor:
+        return self.choices[True, True].chosen
+
+    @property
+    def weights(self) -> Tensor:
+        return self.choices[True, True].weights
+
+    @property
+    def kept(self) -> Tensor:
+        return self.choices[True, True].kept
+
+    @property
+    def without_bias(self) -> Tensor:
+        """[token, choice] int64: the choice with a bias of zero and the same group limit."""
+        return self.choices[False, True].chosen
+
+    @property
+    def without_groups(self) -> Tensor:
+        """[token, choice] int64: the choice among all groups with the same bias."""
+        return self.choices[True, False].chosen
 
     @property
     def selection(self) -> Tensor:
@@ -70,9 +98,12 @@ class RoutingTrace:
         return min(v.min().item() for v in values), max(v.max().item() for v in values)
 
 
-def trace_routing(model, tokens: Tensor) -> RoutingTrace:
+def trace_routing(model, tokens: Tensor, shares: bool = False) -> RoutingTrace:
     """Run the model once over tokens [1, token] without gradients and return what its routers decided.
 
+    shares: also let every expert answer every token, and note which share of the layer's output each chosen expert
+    brings and, last, the shared expert. What something brings is measured along the output, so the shares of a token
+    add up to 1, and that of an answer which points against the output is negative.
     Raises ValueError for more than one text at a time and for a model without mixture-of-experts layers.
     """
     if not isinstance(tokens, Tensor):
@@ -80,28 +111,28 @@ def trace_routing(model, tokens: Tensor) -> RoutingTrace:
                         "it first: tokenizer.encode(text)[None]")  # fmt: skip
     if tokens.dim() != 2 or tokens.shape[0] != 1:
         raise ValueError(f"trace_routing got tokens of shape {tuple(tokens.shape)}; expected [1, token]: one text")
-    routers = {index: layer.mlp.gate for index, layer in enumerate(model.layers) if isinstance(layer.mlp, ExpertLayer)}
-    if not routers:
+    found = {index: layer.mlp for index, layer in enumerate(model.layers) if isinstance(layer.mlp, ExpertLayer)}
+    if not found:
         raise ValueError("this model has no mixture-of-experts layers; choose one with n_routed_experts set")
     with torch.no_grad():
-        with _listening(routers) as heard:
+        with _listening(found) as heard:
             model(tokens)
-        layers = tuple(_layer(index, router, heard[index]) for index, router in routers.items())
+        layers = tuple(_layer(index, layer, *heard[index], shares) for index, layer in found.items())
     return RoutingTrace(tokens[0].cpu().clone(), layers)
 
 
 @contextlib.contextmanager
-def _listening(routers: dict[int, Router]) -> Iterator[dict[int, Routing]]:
-    """Collect what the routers answer until the block ends, however it ends."""
-    heard: dict[int, Routing] = {}
+def _listening(layers: dict[int, ExpertLayer]) -> Iterator[dict[int, tuple[Tensor, Routing]]]:
+    """Collect what the routers read [token, hidden] and answer until the block ends, however it ends."""
+    heard: dict[int, tuple[Tensor, Routing]] = {}
 
     def listen(index: int):
-        def hook(_router, _inputs, routing: Routing) -> None:
-            heard[index] = Routing(*(part.detach().cpu().clone() for part in routing))
+        def hook(_router, inputs, routing: Routing) -> None:
+            heard[index] = inputs[0], routing
 
         return hook
 
-    hooks = [router.register_forward_hook(listen(index)) for index, router in routers.items()]
+    hooks = [layer.gate.register_forward_hook(listen(index)) for index, layer in layers.items()]
     try:
         yield heard
     finally:
@@ -109,35 +140,52 @@ def _listening(routers: dict[int, Router]) -> Iterator[dict[int, Routing]]:
             hook.remove()
 
 
-def _layer(index: int, router: Router, routing: Routing) -> LayerTrace:
-    c, scores = router.config, routing.scores
-    count = c.n_routed_experts
-    grouped = 1 if c.topk_method == "greedy" else c.n_group
-    bias = torch.zeros(count)
-    if c.topk_method == "noaux_tc":
-        bias = router.e_score_correction_bias.detach().float().cpu().clone()
-    same = _chooser(c, bias)
-    kept = torch.ones(len(scores), grouped, dtype=torch.bool)
-    if c.topk_group < grouped:
-        kept = same._kept(scores + bias).unflatten(1, (grouped, -1)).any(-1)
-    everywhere = _chooser(c.replace(topk_group=c.n_group), bias)
-    return LayerTrace(
-        layer=index,
-        scores=scores,
-        bias=bias,
-        chosen=routing.experts,
-        weights=routing.weights,
-        groups=torch.arange(count) // (count // grouped),
-        kept=kept,
-        without_bias=_chooser(c, torch.zeros(count)).choose(scores),
-        without_groups=everywhere.choose(scores),
-    )
+def _layer(index: int, layer: ExpertLayer, x: Tensor, routing: Routing, shares: bool) -> LayerTrace:
+    c = layer.gate.config
+    groups = 1 if c.topk_method == "greedy" else c.n_group
+    answers = _answers(layer, x) if shares else None
+    choices = {}
+    for rules in itertools.product((True, False), repeat=2):
+        router = _with_rules(layer.gate, *rules)
+        made = routing if all(rules) else router(x)
+        kept = torch.ones(len(x), groups, dtype=torch.bool)
+        if router.config.topk_group < groups:
+            kept = router._kept(made.scores + _bias(router)).unflatten(1, (groups, -1)).any(-1)
+        brought = None if answers is None else _shares(answers, made)
+        choices[rules] = Choice(made.experts.cpu(), made.weights.cpu(), kept.cpu(), brought)
+    numbers = torch.arange(c.n_routed_experts) // (c.n_routed_experts // groups)
+    return LayerTrace(index, routing.scores.cpu(), _bias(layer.gate).float().cpu().clone(), numbers, choices)
 
 
-def _chooser(config: ModelConfig, bias: Tensor) -> Router:
-    """Return a router that can `choose` with this bias; it has no weights, and making it draws no random numbers."""
+def _with_rules(router: Router, bias: bool, groups: bool) -> Router:
+    """Return the same router, perhaps without its bias or its group limit; making it draws no random numbers."""
+    c = router.config
     with torch.device("meta"):
-        router = Router(config)
-    if config.topk_method == "noaux_tc":
-        router.e_score_correction_bias = bias
-    return router
+        other = Router(c if groups else c.replace(topk_group=c.n_group))
+    other.weight = router.weight
+    if c.topk_method == "noaux_tc":
+        other.e_score_correction_bias = _bias(router) if bias else torch.zeros_like(_bias(router))
+    return other
+
+
+def _bias(router: Router) -> Tensor:
+    """Return the correction bias [expert], zeros where the router has none."""
+    bias = getattr(router, "e_score_correction_bias", None)
+    return router.weight.new_zeros(len(router.weight)) if bias is None else bias.detach()
+
+
+def _answers(layer: ExpertLayer, x: Tensor) -> Tensor:
+    """Return what every expert and, last, the shared one (or zeros) answers: x [token, hidden] -> [expert + 1, ...]."""
+    count = layer.gate.config.n_routed_experts
+    routed = layer.experts(x.repeat(count, 1), torch.full((count,), len(x), device=x.device))
+    shared = torch.zeros_like(x) if layer.shared_experts is None else layer.shared_experts(x)
+    return torch.cat([routed.view(count, *x.shape), shared[None]])
+
+
+def _shares(answers: Tensor, routing: Routing) -> Tensor:
+    """Return the share of each chosen expert and of the shared one in the output's length: [token, choice + 1]."""
+    tokens = torch.arange(answers.shape[1], device=answers.device)
+    chosen = answers[routing.experts.T, tokens] * routing.weights.T[..., None]
+    parts = torch.cat([chosen, answers[-1:]]).float()  # [choice + 1, token, hidden]
+    output = parts.sum(0)
+    return ((parts * output).sum(-1) / output.square().sum(-1)).T.cpu()

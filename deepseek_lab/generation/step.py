@@ -52,7 +52,6 @@ class CompiledStep:
 
     It holds views on the weights, no copies: a training step in place shows at once, and no memory is taken. Once the
     model itself was changed (`model.to(...)`, a weight or a module replaced) the step must be made anew.
-    Among experts with equal scores it takes the lower index, where torch leaves open which one comes first.
     Raises Unsupported where it cannot stand in for the model.
     """
 

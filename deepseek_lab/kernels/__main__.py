@@ -43,6 +43,15 @@ def compile_attention(kernels) -> None:
     kernels.decode_attention_fp8(q, memory[..., :1].to(torch.float8_e4m3fn), scales, memory[..., 1:], 1, 1.0)
 
 
+def compile_dispatch(kernels) -> None:
+    """Call the kernels that send rows to their experts and back once for each dtype of rows."""
+    index, weights = torch.zeros(1, dtype=torch.int64), torch.ones(1, 1)
+    for rows in (torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bfloat16)):
+        kernels.permute(rows, index, 1)
+        kernels.unpermute(rows, index, weights)
+        kernels.unpermute_gradients(rows, rows, index, weights)
+
+
 def main() -> None:
     start = time.perf_counter()
     decoding = body()
@@ -50,6 +59,7 @@ def main() -> None:
         compile_decoding(decoding)
         compile_fp8(body_for(torch.empty(0)))
         compile_attention(body_for(torch.empty(0)))
+        compile_dispatch(body_for(torch.empty(0)))
     print(f"kernels: {active()}, ready after {time.perf_counter() - start:.1f} s")
 
 

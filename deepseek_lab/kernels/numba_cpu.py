@@ -16,14 +16,14 @@ from torch import Tensor
 
 from . import reference
 from .numba_attention import decode_attention, decode_attention_fp8  # noqa: F401
+from .numba_dispatch import permute, unpermute, unpermute_gradients  # noqa: F401
 from .numba_product import product  # noqa: F401
 
-ONE = np.uint32(1)
+ONE, BELOW_32 = np.uint32(1), np.uint32(31)
 SIZE = np.uint32(0x7FFFFFFF)  # all of a float32 but its sign; sizes compare like whole numbers, NaN above infinity
 MANTISSA = np.uint32(0x7FFFFF)
 INFINITY, NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
 SMALLEST_AMAX = np.float32(reference.SMALLEST_AMAX)
-BELOW_32 = np.uint32(31)
 PART = 1024  # columns of one row that are worked on at a time: with their codes they stay in the first cache
 
 helper = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .cuda_device import THREADS, bits_of, bring, cuda, divide, has_fp8, inlined, instruction, number_of, start, times
 from .numba_cuda_attention import decode_attention, decode_attention_fp8  # noqa: F401
+from .numba_cuda_dispatch import permute, unpermute, unpermute_gradients  # noqa: F401
 from .numba_cuda_product import NAN, product  # noqa: F401
 from .reference import SMALLEST_AMAX, code_dtype
 

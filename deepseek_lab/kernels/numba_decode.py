@@ -188,12 +188,12 @@ def dense(x, norm, eps, gate, up, down):
 
 @helper
 def take_largest(values, count):
-    """Indices of the `count` largest, the largest first, the lower index at a tie; those values become -inf."""
+    """Indices of the `count` largest (or not a number), the lower index at a tie; those values become -inf."""
     indices = np.empty(count, np.int64)
     for i in range(count):
         best = 0
         for j in range(values.size):
-            best = j if values[j] > values[best] else best
+            best = j if values[j] > values[best] or np.isnan(values[j]) else best
         indices[i] = best
         values[best] = -np.inf
     return indices

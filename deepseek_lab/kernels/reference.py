@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reference_attention import decode_attention, decode_attention_fp8  # noqa: F401
+from .reference_dispatch import permute, unpermute, unpermute_gradients  # noqa: F401
 from .reference_product import product  # noqa: F401
 
 SMALLEST_AMAX = 1e-4  # as the released kernels: an all-zero tile gets a scale, not a division by zero

@@ -19,8 +19,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "parts": ["cache_growth", "parts_bar"],
         "replay": ["training_replay"],
         "roofline": ["roofline"],
-        "routes": ["expert_routes"],
+        "routes": ["token_router"],
         "tiles": ["shared_scales"],
+        "traffic": ["traffic_map"],
         "training": ["load_map", "loss_curve"],
     },
 )

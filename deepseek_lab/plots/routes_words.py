@@ -9,17 +9,34 @@ from .arrange import printable
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥", "": "▯"}
 
 
-def summary(at, pieces: Sequence[str], token: int) -> str:
-    """Return one line: the token, its experts with their weights, and what the two rules changed."""
-    chosen = by_number(at, token)
-    weights = ", ".join(f"{weight:.2f}" for _, weight in chosen)
-    return f"{headline(at, pieces, token)} with weights {weights}. {' '.join(changes(at, token))}"
+def summary(at, pieces: Sequence[str], token: int, rules: tuple[bool, bool] = (True, True), shared: bool = True) -> str:
+    """Return one line: the token, its experts with their weights and shares, and what the two rules changed."""
+    choice = at.choices[rules]
+    weights = ", ".join(f"{weight:.2f}" for _, weight in by_number(choice, token))
+    said, made = brings(choice, token), ""
+    if said:
+        made = f" They bring {', '.join(said[expert] for expert, _ in by_number(choice, token))} of the output, the "
+        made += f"shared expert {said['shared']}{', which is lost' * (not shared)}."
+    return f"{headline(at, pieces, token, rules)} with weights {weights}.{made} {' '.join(changes(at, token))}"
 
 
-def headline(at, pieces: Sequence[str], token: int) -> str:
-    """Return the token and its experts as text."""
-    experts = ", ".join(str(expert) for expert, _ in by_number(at, token))
-    return f"{token_name(pieces, token)}, layer {at.layer}: experts {experts}"
+def headline(at, pieces: Sequence[str], token: int, rules: tuple[bool, bool] = (True, True)) -> str:
+    """Return the token and its experts as text. rules: whether bias and group limit are on."""
+    experts = ", ".join(str(expert) for expert, _ in by_number(at.choices[rules], token))
+    off = "".join(f", {name} off" for name, on in zip(("bias", "groups"), rules, strict=True) if not on)
+    return f"{token_name(pieces, token)}, layer {at.layer}{off}: experts {experts}"
+
+
+def brings(choice, token: int) -> dict[int | str, str]:
+    """Return in per cent of the output what each chosen expert brings, all of them ("routed") and the "shared" one.
+
+    It is empty for a trace without shares.
+    """
+    if choice.shares is None:
+        return {}
+    *own, shared = choice.shares[token].tolist()
+    parts = dict(zip(choice.chosen[token].tolist(), own, strict=True)) | {"routed": 1 - shared, "shared": shared}
+    return {name: f"{round(100 * part)} %".replace("-", "\N{MINUS SIGN}") for name, part in parts.items()}
 
 
 def token_name(pieces: Sequence[str], token: int) -> str:
@@ -33,9 +50,9 @@ def visible(piece: str) -> str:
     return shown if len(shown) <= 12 else shown[:11] + "…"
 
 
-def by_number(at, token: int) -> list[tuple[int, float]]:
+def by_number(choice, token: int) -> list[tuple[int, float]]:
     """Return the chosen experts and their weights in the order in which the experts stand."""
-    return sorted(zip(at.chosen[token].tolist(), at.weights[token].tolist(), strict=True))
+    return sorted(zip(choice.chosen[token].tolist(), choice.weights[token].tolist(), strict=True))
 
 
 def changes(at, token: int) -> list[str]:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..data import Batches
 from ..experts import balance
 from ..model import Transformer
+from .balancing import balance_loss, check_balance, listening, rebalance
 from .optimizer import Recipe, make_optimizer
 from .state import load_state, save_state
 
@@ -27,7 +28,9 @@ class StepRecord:
     """What one step saw and did.
 
     loss is in nats per token, before the update; load [layer, expert] counts tokens; bytes holds what weights,
-    gradients and optimiser moments take at the end of the step, before gradients are freed.
+    gradients and optimiser moments take at the end of the step, before gradients are freed. bias [layer, expert] is
+    what the routers add from the next step on, zeros where they have no bias. balance_loss was added to the loss for
+    the gradient, and is not in `loss`.
     """
 
     step: int
@@ -38,6 +41,8 @@ class StepRecord:
     seconds: float
     load: Tensor
     bytes: dict[str, int]
+    bias: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    balance_loss: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,6 +72,7 @@ def train(
     Raises ValueError when the loss is not a number, naming the step, and when the file belongs to another run.
     """
     _check_run(checkpoint, checkpoint_every)
+    check_balance(model.config, recipe)
     optimizer = make_optimizer(model, recipe)
     start = load_state(checkpoint, model, optimizer, recipe, batches) if resume else 0
     done = saved = start
@@ -109,11 +115,14 @@ def _step(model: Transformer, batches: Batches, optimizer, recipe: Recipe, step:
     for group in optimizer.param_groups:
         group["lr"] = rate
     batch = batches[step].to(model.embed_tokens.weight.device)
-    loss = next_token_loss(model, batch)
-    if not torch.isfinite(loss):
-        raise ValueError(f"the loss of step {step} is {loss.item()}; the weights are left as they were before this "
+    with listening(model, recipe) as heard:
+        loss = next_token_loss(model, batch)
+    added = balance_loss(heard, len(batch), model.config, recipe)
+    total = loss + added
+    if not torch.isfinite(total):
+        raise ValueError(f"the loss of step {step} is {total.item()}; the weights are left as they were before this "
                          f"step: lower the learning rate (now {rate:.2g}) or warm up longer")  # fmt: skip
-    loss.backward()
+    total.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
     if not torch.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
@@ -122,26 +131,16 @@ def _step(model: Transformer, batches: Batches, optimizer, recipe: Recipe, step:
     optimizer.step()
     sizes = _bytes_of(model, optimizer)
     optimizer.zero_grad(set_to_none=True)
-    load = rebalance(model, recipe.balance_speed)
-    seconds = time.perf_counter() - began
-    return StepRecord(step, loss.item(), rate, norm.item(), batches.tokens_per_step, seconds, load, sizes)
+    load, bias = rebalance(model, recipe.balance_speed, recipe.balance_rule)
+    seconds, seen = time.perf_counter() - began, batches.tokens_per_step
+    extra = torch.as_tensor(added).item()
+    return StepRecord(step, loss.item(), rate, norm.item(), seen, seconds, load, sizes, bias, extra)
 
 
 def next_token_loss(model: Transformer, batch: Tensor) -> Tensor:
     """Mean cross-entropy in nats of predicting each token from those before it; batch: [batch, token + 1]."""
     logits = model(batch[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-
-
-@torch.no_grad()
-def rebalance(model: Transformer, speed: float) -> Tensor:
-    """Move every correction bias by the load of the step just done; return the loads [layer, expert]."""
-    layers = model.expert_layers()
-    for layer in layers:
-        if hasattr(layer.gate, "e_score_correction_bias"):
-            bias = layer.gate.e_score_correction_bias
-            bias.copy_(balance.update_bias(bias, layer.load, speed))
-    return torch.stack([layer.load for layer in layers]).cpu() if layers else torch.empty(0, 0, dtype=torch.int64)
 
 
 @torch.inference_mode()

@@ -19,19 +19,33 @@ from ..data import Batches
 from ..model import Transformer
 from ..model.files import write_whole
 from ..model.layout import check_whole
-from .optimizer import Recipe
+from .optimizer import BALANCE_LOSSES, Recipe
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+LATER = {"balance_rule", *BALANCE_LOSSES}  # settings of a Recipe that older files do not know
 
 
 def _run_identity(model: Transformer, recipe: Recipe, batches: Batches) -> dict[str, str]:
     """What must agree for a resumed run to be the same run."""
     return {
         "config": json.dumps(model.config.to_hf(), sort_keys=True),
-        "recipe": json.dumps(dataclasses.asdict(recipe), sort_keys=True),
+        "recipe": json.dumps(_settings(recipe), sort_keys=True),
         "batches": batches.fingerprint(),
         "policy": _policies(model),
+        "capacity": _capacities(model),
     }
+
+
+def _settings(recipe: Recipe) -> dict:
+    """The recipe, without later settings that are not used: then an older file still belongs to the same run."""
+    default = Recipe(steps=1)
+    return {k: v for k, v in dataclasses.asdict(recipe).items() if k not in LATER or v != getattr(default, k)}
+
+
+def _capacities(model: Transformer) -> str:
+    """The capacity factors of the expert layers, as text; "" where no layer drops anything."""
+    factors = [layer.capacity_factor for layer in model.expert_layers()]
+    return json.dumps(factors) if any(factor is not None for factor in factors) else ""
 
 
 def _policies(model: Transformer) -> str:

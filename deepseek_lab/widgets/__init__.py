@@ -6,23 +6,26 @@ from .accumulator import accumulator
 from .base import PictureWidget
 from .bit_explorer import BitExplorer, bit_explorer
 from .cache_race import cache_race
-from .expert_routes import expert_routes
 from .memory_bar import MemoryBar, memory_bar
 from .outlier_explorer import outlier_explorer
 from .paged_cache import paged_cache
+from .token_router import TokenRouter, token_router
+from .traffic_map import traffic_map
 from .training_replay import training_replay
 
 __all__ = [
     "BitExplorer",
     "MemoryBar",
     "PictureWidget",
+    "TokenRouter",
     "absorption_explorer",
     "accumulator",
     "bit_explorer",
     "cache_race",
-    "expert_routes",
     "memory_bar",
     "outlier_explorer",
     "paged_cache",
+    "token_router",
+    "traffic_map",
     "training_replay",
 ]

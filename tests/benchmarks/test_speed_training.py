@@ -1,4 +1,4 @@
-"""How long a training step and a mixture-of-experts layer take, on one thread: `make bench`.
+"""How long a training step takes, on one thread: `make bench`.
 
 The peers run in the same rounds: `transformers` with the same weights and its implementations of experts, and bare
 matrix products of as many floating-point operations.
@@ -57,27 +57,3 @@ def _products(model):
             x @ w.T, gradient @ w, gradient.T @ x
 
     return run
-
-
-def test_expert_layer(one_thread):
-    torch.manual_seed(0)
-    config = lab.PRESETS["tiny"].replace(n_routed_experts=32, n_shared_experts=0, moe_intermediate_size=128, n_group=8)
-    layer, x = lab.experts.ExpertLayer(config), torch.randn(2048, 256, requires_grad=True)
-    gradient = torch.randn(2048, 256)
-
-    def ours():
-        layer(x).backward(gradient)
-        layer.zero_grad()
-
-    rows = 2048 * config.num_experts_per_tok // config.n_routed_experts
-    operands = [
-        (torch.randn(rows, i), torch.randn(o, i), torch.randn(rows, o))
-        for o, i in [(256, 256), (256, 128)] * config.n_routed_experts
-    ]
-
-    def products():
-        for a, w, g in operands:
-            a @ w.T, g @ w, g.T @ a
-
-    runs = {"ours, 2,048 tokens, 32 experts": ours, "products of the same FLOPs": products}
-    report(interleaved(runs, rounds=15), ", forward and backward")

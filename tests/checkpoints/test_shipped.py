@@ -36,8 +36,8 @@ def test_the_model_has_learned_more_than_letter_frequencies(measured):
 
 def test_the_card_names_the_recipe_that_the_command_uses():
     card = lab.checkpoints.card("tiny")
-    recipe = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(builder.RECIPE).items()}
-    assert card["recipe"] == recipe
+    recipe = {name: tuple(v) if isinstance(v, list) else v for name, v in card["recipe"].items()}
+    assert training.Recipe(**recipe) == builder.RECIPE
     assert (card["batch"], card["length"], card["seed"]) == (builder.BATCH, builder.LENGTH, builder.SEED)
     assert card["tokens_seen"] == builder.RECIPE.steps * builder.BATCH * builder.LENGTH
 

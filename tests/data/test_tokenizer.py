@@ -54,3 +54,8 @@ def test_a_token_that_does_not_exist_is_not_dropped_silently(odd):
 def test_a_text_is_not_decoded_again():
     with pytest.raises(TypeError, match="decode got str, which is a text already"):
         TOKENIZER.decode("123")
+
+
+def test_each_token_of_a_text_has_a_piece_and_bytes_of_other_letters_are_told_apart():
+    assert ByteTokenizer().pieces("a\né中") == ["a", "\n", "C3", "A9", "E4", "B8", "AD"]
+    assert ByteTokenizer().pieces("") == []

@@ -8,7 +8,7 @@ from references import difference
 
 from deepseek_lab.experts import ExpertLayer, Routing
 from deepseek_lab.experts import layer as module
-from deepseek_lab.experts.layer import Dispatch, Permute, grouped_linear
+from deepseek_lab.experts.layer import Combine, Dispatch, grouped_linear, over_capacity
 from deepseek_lab.presets import PRESETS
 
 ALIGNED = PRESETS["tiny"].replace(hidden_size=24, moe_intermediate_size=12, n_routed_experts=8)
@@ -113,6 +113,138 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts(layer, tokens):
     assert layer.load.tolist() == 4 * [tokens] + 4 * [0]
 
 
+@pytest.mark.parametrize("tokens", [2, 300])
+def test_all_tokens_may_go_to_one_expert(tokens):
+    layer = references.fill(ExpertLayer(ALIGNED.replace(num_experts_per_tok=1, n_group=1, topk_group=1)))
+    layer.gate.e_score_correction_bias[5] += 100
+    x = draw(1, tokens, 24).requires_grad_()
+    out = layer(x)
+    assert difference(out, by_definition(layer, x.detach())) < 1e-5
+    assert layer.load.tolist() == [0, 0, 0, 0, 0, tokens, 0, 0]
+    out.square().sum().backward()
+    norms = layer.experts.down_proj.grad.flatten(1).norm(dim=1)
+    assert norms[5] > 0 and norms.count_nonzero() == 1 and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_an_empty_batch_gives_an_empty_answer(layer, shape, capacity):
+    layer.capacity_factor = capacity
+    x = torch.empty(*shape, layer.gate.config.hidden_size, requires_grad=True)
+    out = layer(x)
+    out.sum().backward()
+    assert out.shape == x.shape == x.grad.shape
+    assert layer.load.tolist() == [0] * 8
+    with torch.no_grad():
+        assert layer(x).shape == x.shape
+
+
+@pytest.mark.parametrize("tokens", [2, 60])
+def test_a_token_that_is_no_number_stays_alone(layer, tokens):
+    x = draw(1, tokens, layer.gate.config.hidden_size)
+    with torch.no_grad():
+        clean = layer(x)
+        x[0, 1] = float("nan")
+        got = layer(x)
+    assert got[0, 1].isnan().all()
+    others = [i for i in range(tokens) if i != 1]
+    assert difference(got[:, others], clean[:, others]) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 60])
+def test_a_bias_that_changes_no_choice_leaves_every_bit_of_the_answer(layer, tokens):
+    x, bias = draw(1, tokens, layer.gate.config.hidden_size), layer.gate.e_score_correction_bias
+    bias[2] += 5  # all take expert 2 first, however much larger its bias gets
+    with torch.no_grad():
+        before, chosen = layer(x), layer._chosen
+        bias[2] += 7
+        bias -= 0.25  # nor does it matter what all have in common
+        assert torch.equal(layer(x), before) and torch.equal(layer._chosen, chosen)
+        bias[chosen[0, -1]] -= 20  # a bias that does change a choice
+        assert not torch.equal(layer(x), before)
+
+
+def crowded(capacity, tokens=40, config=ALIGNED):
+    """A layer in training whose first groups are busier than the others, and what it reads."""
+    layer = references.fill(ExpertLayer(config.replace(n_group=4, topk_group=4, num_experts_per_tok=2))).train()
+    layer.gate.e_score_correction_bias.copy_(torch.tensor([0.3, 0.2, 0.0, 0.1, -0.1, 0.0, -0.2, 0.0]))
+    layer.capacity_factor = capacity
+    return layer, draw(1, tokens, config.hidden_size)
+
+
+@pytest.mark.parametrize("capacity", [0.5, 1.0, 1.2])
+def test_a_device_over_its_capacity_drops_the_choices_with_the_lowest_scores(capacity):
+    layer, x = crowded(capacity)
+    routing = layer.gate(x[0])
+    dropped = over_capacity(routing, 4, capacity)
+    room = -(-capacity * 80 // 4)
+    affinity = routing.scores.gather(1, routing.experts)
+    for device in range(4):
+        here = routing.experts // 2 == device
+        assert (here & ~dropped).sum() == min(here.sum(), room)
+        if (here & dropped).any():
+            assert affinity[here & dropped].max() <= affinity[here & ~dropped].min()
+    assert 0 < dropped.sum() < 80
+
+
+@pytest.mark.parametrize("tokens", [6, 40])
+@pytest.mark.parametrize("config", [ALIGNED, ODD], ids=["aligned", "odd"])
+def test_a_dropped_choice_adds_nothing_and_the_others_count_as_before(config, tokens):
+    layer, x = crowded(1.0, tokens, config)
+    routing = layer.gate(x[0])
+    dropped = over_capacity(routing, 4, 1.0)
+    kept = routing._replace(weights=routing.weights.masked_fill(dropped, 0.0))
+    whole = layer.shared_experts(x)
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            got = layer(x)
+            assert layer.dropped == dropped.sum() > 0
+            assert layer.load.tolist() == torch.bincount(routing.experts.flatten(), minlength=8).tolist()
+            layer.capacity_factor = None
+            expected = layer._routed(x[0], kept)[None] + whole
+            assert difference(got, expected) < 1e-6
+            assert layer.dropped == 0
+            layer.capacity_factor = 1.0
+
+
+def test_a_dropped_choice_has_no_gradient():
+    layer, x = crowded(1.0)
+    routing = layer.gate(x[0])
+    dropped = over_capacity(routing, 4, 1.0)
+    weights = routing.weights.detach().clone().requires_grad_()
+    layer._routed(x[0], routing._replace(weights=weights)).square().sum().backward()
+    assert (weights.grad[dropped] == 0).all() and (weights.grad[~dropped] != 0).all()
+    layer.capacity_factor = 1e-9  # room for one choice on each device
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    assert layer.dropped == 80 - 4
+    idle = layer.experts.down_proj.grad.flatten(1).norm(dim=1) == 0
+    assert idle.sum() == 4  # one expert of each pair
+
+
+def test_nothing_is_dropped_outside_training_with_room_for_all_or_by_default():
+    layer, x = crowded(None)
+    free = layer(x)
+    assert layer.dropped == 0
+    layer.capacity_factor = 4.0  # as much room as there are slots
+    assert torch.equal(layer(x), free) and layer.dropped == 0
+    layer.capacity_factor = 1.0
+    assert not torch.equal(layer(x), free) and layer.dropped > 0
+    assert torch.equal(layer.eval()(x), free) and layer.dropped == 0
+
+
+def test_capacities_that_mean_nothing_are_refused():
+    layer, x = crowded(0.0)
+    with pytest.raises(ValueError, match=r"capacity_factor=0\.0; choose a number above 0"):
+        layer(x)
+    greedy = ALIGNED.replace(topk_method="greedy", n_group=3)  # a plain choice asks for no groups
+    layer = references.fill(ExpertLayer(greedy)).train()
+    layer(x)
+    layer.capacity_factor = 1.0
+    with pytest.raises(ValueError, match="n_group=3 does not divide 8 experts"):
+        layer(x)
+
+
 def test_several_shared_experts_are_one_wider_network():
     layer = references.fill(ExpertLayer(SHARED))
     assert layer.shared_experts.up_proj.weight.shape == (3 * 12, 24)
@@ -134,20 +266,50 @@ def slots(tokens, choices, seed=0):
     return order, order.argsort()
 
 
-def test_dispatch_and_permute_move_rows_where_they_say():
-    x, (order, back) = draw(5, 3), slots(5, 2)
+def test_rows_go_to_their_slots_and_come_back_weighted():
+    x, (order, back), weights = draw(5, 3), slots(5, 2), draw(5, 2, seed=1)
     sent = Dispatch.apply(x, order, back, 2)
     assert all(torch.equal(sent[i], x[slot // 2]) for i, slot in enumerate(order.tolist()))
-    assert torch.equal(Permute.apply(sent, back, order), x.repeat_interleave(2, 0))
+    assert torch.equal(Combine.apply(sent, weights, order, back), weights[:, :1] * x + weights[:, 1:] * x)
 
 
 @pytest.mark.parametrize(("tokens", "choices"), [(1, 1), (4, 3), (5, 2)])
-def test_dispatch_and_permute_have_the_right_gradients(tokens, choices):
+def test_moving_rows_has_the_right_gradients_and_those_have_theirs(tokens, choices):
     order, back = slots(tokens, choices)
-    x = draw(tokens, 3, dtype=torch.float64).requires_grad_()
-    rows = draw(tokens * choices, 3, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, order, back, choices), x)
-    assert torch.autograd.gradcheck(lambda rows: Permute.apply(rows, back, order), rows)
+    x, rows, weights = (
+        draw(*shape, dtype=torch.float64).requires_grad_()
+        for shape in [(tokens, 3), (tokens * choices, 3), (tokens, choices)]
+    )
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: Dispatch.apply(x, order, back, choices), x)
+        assert check(lambda rows, weights: Combine.apply(rows, weights, order, back), (rows, weights))
+
+
+def test_compiled_kernels_move_rows_and_a_gradient_of_a_gradient_is_not_theirs(monkeypatch):
+    (order, back), moved = slots(6, 2), {}
+    for body in ("reference", "numba"):
+        monkeypatch.setenv("LAB_KERNELS", body)
+        x, weights = draw(6, 40).requires_grad_(), draw(6, 2, seed=1).requires_grad_()
+        assert module.moving(x).__name__.endswith({"reference": ".reference", "numba": ".numba_cpu"}[body])
+        assert module.moving(x.double()) is module.moving(x.half()) is module.kernels.reference
+        out = Combine.apply(Dispatch.apply(x, order, back, 2).tanh(), weights, order, back)
+        first = torch.autograd.grad(out.square().sum(), (x, weights), create_graph=True)
+        second = torch.autograd.grad(sum(part.square().sum() for part in first), (x, weights))
+        again = torch.autograd.grad(Combine.apply(x.tanh().repeat(2, 1), weights, order, back).sum(), (x, weights))
+        moved[body] = out, *first, *second, *again
+    assert all(map(torch.equal, moved["numba"], moved["reference"]))
+    assert all(part.abs().sum() > 0 for part in moved["numba"])
+
+
+def test_every_body_of_the_kernels_trains_the_layer_alike(layer, monkeypatch):
+    x, found = draw(2, 20, layer.gate.config.hidden_size), {}
+    for body in ("reference", "numba"):
+        monkeypatch.setenv("LAB_KERNELS", body)
+        layer.zero_grad()
+        out = layer(x)
+        out.square().sum().backward()
+        found[body] = out, *(weight.grad for weight in layer.parameters())
+    assert all(map(torch.equal, found["numba"], found["reference"]))
 
 
 def test_the_whole_routed_path_has_the_right_gradients():

@@ -3,8 +3,12 @@
 import pytest
 import references
 import torch
+import transformers
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from deepseek_lab.experts import Router
+from deepseek_lab.experts.router import largest
 from deepseek_lab.presets import PRESETS
 
 TINY = PRESETS["tiny"]
@@ -61,6 +65,123 @@ def test_the_bias_decides_groups_and_experts_while_weights_stay_unbiased(biased)
     routing = route(router(16, 4, 4, 2), CASE_16["scores"], CASE_16["bias"] if biased else [0.0] * 16)
     assert routing.experts.tolist() == [CASE_16[kind + "experts"]]
     torch.testing.assert_close(routing.weights, torch.tensor([CASE_16[kind + "weights"]]), rtol=1e-5, atol=0)
+
+
+def published_router(kind, config, bias=None):
+    """The router of `transformers` with these settings and our weights: x -> {expert: weight} per token."""
+    config_class, router_class = {
+        "v3": (transformers.DeepseekV3Config, DeepseekV3TopkRouter),
+        "v2": (transformers.DeepseekV2Config, DeepseekV2TopkRouter),
+    }[kind]
+    names = "hidden_size n_routed_experts num_experts_per_tok n_group topk_group norm_topk_prob routed_scaling_factor"
+    settings = {name: getattr(config, name) for name in names.split()}
+    heads = dict(num_attention_heads=2, num_key_value_heads=2)  # of the whole model, refused if they do not divide it
+    router = router_class(config_class(**settings, **heads, topk_method=config.topk_method))
+    if bias is not None:
+        router.e_score_correction_bias.copy_(bias)
+    return router
+
+
+def by_expert(experts, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same choices in the order of the experts: what is compared as a set."""
+    experts, order = experts.sort(dim=-1)
+    return experts, weights.gather(1, order)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("experts, choices, groups, kept", [(16, 4, 4, 2), (32, 6, 8, 3), (24, 8, 4, 4), (12, 2, 1, 1)])
+@pytest.mark.parametrize("kind", ["v3", "v3 unnormalised", "v2", "v2-lite"])
+def test_routing_is_the_published_one_also_where_biased_scores_are_negative(kind, experts, choices, groups, kept, seed):
+    generator = torch.Generator().manual_seed(seed)
+    changes = {
+        "v3": dict(norm_topk_prob=True),
+        "v3 unnormalised": dict(norm_topk_prob=False),
+        "v2": dict(topk_method="group_limited_greedy", scoring_func="softmax", norm_topk_prob=False),
+        "v2-lite": dict(topk_method="greedy", scoring_func="softmax", norm_topk_prob=False),
+    }[kind]
+    gate, bias = router(experts, choices, groups, kept, **changes, routed_scaling_factor=2.5), None
+    gate.weight.data = torch.randn(experts, experts, generator=generator) / experts**0.5
+    if kind.startswith("v3"):
+        bias = 0.25 * torch.randn(experts, generator=generator) - 0.9
+        gate.e_score_correction_bias.copy_(bias)
+    published = published_router(kind[:2], gate.config, bias)
+    published.weight.data = gate.weight.data
+    x = torch.randn(500, experts, generator=generator)
+    routing = gate(x)
+    if bias is not None:  # the case that a fill of zero gets wrong
+        assert ((routing.scores + bias).gather(1, routing.experts) < 0).any(dim=1).float().mean() > 0.2
+    _, their_weights, their_experts = published(x)
+    ours, theirs = by_expert(routing.experts, routing.weights), by_expert(their_experts, their_weights)
+    assert torch.equal(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-6, atol=0)
+
+
+def in_order(values, count):
+    """The definition: the highest first, and of equals the lower index."""
+    return [sorted(range(len(row)), key=lambda i: (-row[i], i))[:count] for row in values.tolist()]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 400])  # few are sorted, many are searched
+@pytest.mark.parametrize("width, count", [(16, 4), (16, 16), (40, 8), (3, 1)])
+def test_of_equal_scores_the_lower_index_wins(rows, width, count):
+    draw = torch.rand(rows, width, generator=torch.Generator().manual_seed(rows))
+    for values in (draw, (4 * draw).round() / 4, (4 * draw).round() / 4 - 2, torch.zeros(rows, width)):
+        assert largest(values, count).tolist() == in_order(values, count)
+        assert torch.equal(largest(values[None], count)[0], largest(values, count))
+    values = draw.where(draw > 0.5, -torch.inf)
+    values[:, :count] = 0.25 * torch.rand(rows, count)  # always enough that are finite
+    assert largest(values, count).tolist() == in_order(values, count)
+
+
+@pytest.mark.parametrize("method", ["noaux_tc", "group_limited_greedy", "greedy"])
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_a_router_that_knows_nothing_takes_the_first_experts_of_the_first_groups(method, tokens):
+    gate = Router(TINY.replace(topk_method=method))
+    torch.nn.init.zeros_(gate.weight)
+    x = torch.randn(tokens, TINY.hidden_size)
+    assert gate(x).experts.tolist() == tokens * [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 200])
+@pytest.mark.parametrize("kind", ["v3", "v2"])
+def test_a_score_that_is_no_number_makes_its_token_none_and_touches_no_other(kind, tokens):
+    v2 = dict(topk_method="group_limited_greedy", scoring_func="softmax", norm_topk_prob=False)
+    gate = references.fill(Router(TINY.replace(hidden_size=16, **(v2 if kind == "v2" else {}))))
+    gate.weight.data = torch.eye(16)  # x holds the logits
+    x = random_x(gate, tokens)
+    clean = gate(x)
+    x[0, 7] = float("nan")
+    routing = gate(x)
+    assert routing.weights[0].isnan().any() and routing.experts.min() >= 0 and routing.experts.max() < 16
+    assert all(len(set(row)) == 4 for row in routing.experts.tolist())
+    assert torch.equal(routing.weights[1:], clean.weights[1:]) and torch.equal(routing.experts[1:], clean.experts[1:])
+
+
+def test_no_token_at_all_is_routed_nowhere():
+    routing = references.fill(Router(TINY))(torch.empty(0, TINY.hidden_size))
+    assert [tuple(part.shape) for part in routing] == [(0, 4), (0, 4), (0, 16)]
+
+
+def test_more_choices_than_the_kept_groups_hold_are_refused():
+    with pytest.raises(ValueError, match="topk_group=2 groups of 4 experts cannot supply num_experts_per_tok=9"):
+        TINY.replace(num_experts_per_tok=9)
+    assert TINY.replace(num_experts_per_tok=8, topk_group=2)  # exactly all that are left
+    gate = references.fill(Router(TINY.replace(num_experts_per_tok=8)))
+    experts = gate(random_x(gate)).experts
+    assert all(len(set(row)) == 8 and len({expert // 4 for expert in row}) == 2 for row in experts.tolist())
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_the_router_of_before_is_a_softmax_with_a_plain_choice(normalised):
+    before = dict(topk_method="greedy", scoring_func="softmax", norm_topk_prob=normalised, routed_scaling_factor=1.0)
+    gate = references.fill(Router(TINY.replace(**before)))
+    x = random_x(gate)
+    chances, routing = (x @ gate.weight.T).softmax(-1), gate(x)
+    kept = chances.topk(4)
+    assert torch.equal(routing.experts, kept.indices)
+    expected = kept.values / kept.values.sum(-1, keepdim=True) if normalised else kept.values
+    torch.testing.assert_close(routing.weights, expected)
+    assert type(gate.config).from_hf(gate.config.to_hf()) == gate.config
 
 
 def test_v3_ranks_groups_by_their_two_best_and_v2_by_the_best():

@@ -65,6 +65,44 @@ def test_the_choices_without_each_rule_are_those_of_a_router_without_it(config):
         assert not torch.equal(at.without_bias, at.chosen) and not torch.equal(at.without_groups, at.chosen)
 
 
+@pytest.mark.parametrize("config", [TINY, V2, GREEDY], ids=["v3", "v2", "greedy"])
+def test_every_pair_of_rules_has_the_choice_and_weights_of_such_a_router(config):
+    model, tokens = model_with_bias(config), text(config)
+    whole = config.replace(topk_group=config.n_group)
+    for at in trace_routing(model, tokens).layers:
+        for (bias, groups), choice in at.choices.items():
+            router = Router(config if groups else whole)
+            if bias and config is TINY:
+                router.e_score_correction_bias.copy_(at.bias)
+            assert torch.equal(router.choose(at.scores), choice.chosen)
+            weights = at.scores.gather(1, choice.chosen)
+            weights = weights / weights.sum(1, keepdim=True) if config.norm_topk_prob else weights
+            torch.testing.assert_close(choice.weights, weights * config.routed_scaling_factor)
+            assert choice.kept.all() or groups
+            assert choice.kept.gather(1, at.groups[choice.chosen]).all() and choice.shares is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [TINY, V2, TINY.replace(n_shared_experts=0)], ids=["v3", "v2", "none shared"])
+def test_shares_are_what_each_expert_brings_measured_along_the_output(config):
+    model, heard = model_with_bias(config), {}
+    for index, layer in enumerate(model.layers[1:], 1):
+        layer.mlp.register_forward_hook(lambda _m, x, out, index=index: heard.update({index: (x[0][0], out[0])}))
+    trace = trace_routing(model, text(config), shares=True)
+    for at in trace.layers:
+        (x, output), mlp = heard[at.layer], model.layers[at.layer].mlp
+        shares = at.choices[True, True].shares
+        torch.testing.assert_close(shares.sum(1), torch.ones(40))
+        shared = torch.zeros_like(x) if mlp.shared_experts is None else mlp.shared_experts(x)
+        torch.testing.assert_close(shares[:, -1], (shared * output).sum(1) / output.square().sum(1))
+        for token in (0, 17, 39):
+            for place, expert in enumerate(at.chosen[token].tolist()):
+                answer = mlp.experts(x[token : token + 1], torch.eye(16, dtype=torch.int64)[expert])[0]
+                part = at.weights[token, place] * (answer @ output[token]) / output[token].square().sum()
+                torch.testing.assert_close(shares[token, place], part, atol=1e-5, rtol=1e-4)
+        assert not torch.equal(at.choices[True, False].shares, shares)
+
+
 def test_chosen_experts_lie_in_kept_groups_and_the_number_of_kept_groups_is_the_limit():
     for config in (TINY, V2):
         for at in traced(config).layers:

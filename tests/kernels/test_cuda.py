@@ -16,12 +16,20 @@ import cuda_checks
 import pytest
 import torch
 
-from deepseek_lab.kernels import cuda_device, numba_cuda, numba_cuda_attention, numba_cuda_product, reference
+from deepseek_lab.kernels import (
+    cuda_device,
+    numba_cuda,
+    numba_cuda_attention,
+    numba_cuda_dispatch,
+    numba_cuda_product,
+    reference,
+)
 from deepseek_lab.precision import E4M3, E5M2, FORMATS
 
 HOPPER = (9, 0)
 # of 65,536 for 256 threads
-REGISTERS = {"encode": 32, "decode": 32, "product": 64, "quantize": 80, "dequantize": 80, "attention": 128}
+REGISTERS = {"encode": 32, "decode": 32, "product": 64, "quantize": 80, "dequantize": 80, "attention": 128,
+             "permute": 32, "unpermute": 40, "gradients": 40}  # fmt: skip
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -91,6 +99,14 @@ def kernels() -> dict:
                 numba_cuda_attention.attention_kernel(kind, latent, latent + rope),
                 (*map(pages, (f32, latents, scales, ropes)), line(whole), f32, pages(f32)),
             )
+    for kind, stored in [("float32", f32), ("bfloat16", i16)]:
+        rows, index, weights = matrix(stored), line(whole), matrix(f32)
+        made |= {
+            f"permute {kind}": (numba_cuda_dispatch.permute_kernel(), (rows, index, whole, rows)),
+            f"unpermute {kind}": (numba_cuda_dispatch.unpermute_kernel(kind), (rows, index, weights, rows)),
+            f"gradients {kind}": (
+                numba_cuda_dispatch.gradients_kernel(kind), (rows, rows, index, weights, rows, weights)),
+        }  # fmt: skip
     return made
 
 
@@ -128,7 +144,7 @@ def test_ptx_rounds_where_the_reference_rounds(ptx):
             continue
         assert not re.search(r"\bfma|\bmad\.\S*f32|\.approx|\.full|\.ftz|\.f64\s", text), name
         assert ("div.rn.f32" in text) == name.startswith("quantize"), name
-        assert ("mul.rn.f32" in text) == name.startswith(("dequantize", "product")), name
+        assert ("mul.rn.f32" in text) == name.startswith(("dequantize", "product", "unpermute", "gradients")), name
 
 
 def test_casts_are_the_instruction_of_the_hardware_where_it_does_the_same(ptx):

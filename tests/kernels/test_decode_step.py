@@ -116,15 +116,24 @@ def test_positions_far_beyond_the_first_table_turn_as_in_the_model():
 
 @pytest.mark.parametrize("config", [V3, V2], ids=["v3", "v2"])
 def test_equal_scores_go_to_the_lower_index(config):
-    """Torch leaves a tie open (it took experts 9 to 12 of 16 zeros), so the rule is checked, not the likeness."""
     model = filled(config)
     for layer in model.expert_layers():
         nn.init.zeros_(layer.gate.weight)
         if config is V3:
             nn.init.zeros_(layer.gate.e_score_correction_bias)
-    decode_step(model, 1)(torch.tensor([5]), model.new_caches(1))
-    for layer in model.expert_layers():
-        assert layer.load.tolist() == [1, 1, 1] + [0] * 9
+    for one in (decode_step(model, 1), ModelStep(model)):  # torch's own topk took experts 9 to 12 of 16 zeros
+        one(torch.tensor([5]), model.new_caches(1))
+        for layer in model.expert_layers():
+            assert layer.load.tolist() == [1, 1, 1] + [0] * 9
+
+
+@pytest.mark.parametrize("config", [V3, V2, V3.replace(n_group=1, topk_group=1)], ids=["v3", "v2", "no groups"])
+@pytest.mark.parametrize("expert", [0, 7])
+def test_a_score_that_is_no_number_shows_in_the_logits(config, expert):
+    model = filled(config)
+    model.expert_layers()[-1].gate.weight.data[expert] = float("nan")  # between layers the caches refuse it
+    for one in (decode_step(model, 1), ModelStep(model)):
+        assert one(torch.tensor([5]), model.new_caches(1)).isnan().all()
 
 
 @pytest.mark.parametrize("config", [V3, V2], ids=["v3", "v2"])

@@ -49,7 +49,7 @@ def named(sheet, kind):
 
 
 def pictures():
-    yield plots.expert_routes(TRACE, TEXT, 2, 10), routes_sheet(TRACE, TEXT, 2, 10)
+    yield plots.token_router(TRACE, TEXT, 2, 10), routes_sheet(TRACE, TEXT, 2, 10)
     yield plots.training_replay(RECORDS, SAMPLES, {0: 5.9}, 19, 1), replay_sheet(RECORDS, SAMPLES, {0: 5.9}, 19, 1)
     yield plots.memory_bar(NOW, BEFORE), memory_sheet(NOW, BEFORE)
     yield plots.bit_explorer("FP32", number=0.1), bits_sheet(round_number(0.1, "FP32"))
@@ -82,7 +82,7 @@ def test_no_word_of_the_twin_is_clipped():
 
 def test_it_draws_on_the_axes_that_it_is_given():
     _, ax = plt.subplots()
-    assert plots.expert_routes(TRACE, TEXT, ax=ax) is ax
+    assert plots.token_router(TRACE, TEXT, ax=ax) is ax
     assert plots.training_replay(RECORDS, SAMPLES, ax=ax) is ax
     assert plots.memory_bar(NOW, ax=ax) is ax
     assert len(plt.get_fignums()) == 1
@@ -121,8 +121,8 @@ def test_labels_move_apart_only_as_far_as_they_must():
 
 
 def test_the_axis_of_the_routes_says_that_bias_is_on_it_where_it_is():
-    assert "score (0 to 1) plus bias" in [t.get_text() for t in plots.expert_routes(TRACE, TEXT).texts]
+    assert "score (0 to 1) plus bias" in [t.get_text() for t in plots.token_router(TRACE, TEXT).texts]
     torch.manual_seed(0)
     plain = lab.model.Transformer(lab.PRESETS["tiny"])
     trace = lab.experts.trace_routing(plain, lab.data.ByteTokenizer().encode(TEXT)[None])
-    assert "score (0 to 1)" in [t.get_text() for t in plots.expert_routes(trace, TEXT).texts]
+    assert "score (0 to 1)" in [t.get_text() for t in plots.token_router(trace, TEXT).texts]
