@@ -103,7 +103,7 @@ class LatentAttention(nn.Module):
         q = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(1, 2)  # [batch, head, token, head_dim]
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         latent, rope_key = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        # The latent is normalised, the rope key is not: it is small and shared, and the code never did.
+        # The latent is normalised, the rope key is not, as in the released code.
         joint = torch.cat([self.kv_a_layernorm(latent), self.rotate(rope_key, turns)], dim=-1)
         return q_nope, self.rotate(q_rope, turns_of_heads(turns)), joint
 

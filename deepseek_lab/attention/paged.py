@@ -71,10 +71,16 @@ class PagedCache:
         if len(tokens) != len(new) or not all(isinstance(n, int) and 0 <= n <= longest for n in tokens):
             raise ValueError(f"PagedCache.append got tokens={tokens} for {len(new)} sequences of {longest} new tokens; "
                              "expected for each how many of them are real")  # fmt: skip
-        self.pool.extend(dict(zip(self.sequences, tokens, strict=True)))
-        for row, number, n in zip(new, self.sequences, tokens, strict=True):
-            if n:
-                self.pool.write(self.pool.slots(number, self.pool.sequences[number].length - n), row[-n:])
+        before = self.lengths
+        try:
+            self.pool.extend(dict(zip(self.sequences, tokens, strict=True)))
+            for row, number, n in zip(new, self.sequences, tokens, strict=True):
+                if n:
+                    self.pool.write(self.pool.slots(number, self.pool.sequences[number].length - n), row[-n:])
+        except BaseException:  # Ctrl-C too: no sequence keeps slots that nobody wrote
+            for number, length in zip(self.sequences, before, strict=True):
+                self.pool.truncate(number, length)
+            raise
 
     def slots(self) -> Tensor:
         """Return where every token lies in the pool's storage [batch, slot] int64; -1 in front of shorter sequences."""
