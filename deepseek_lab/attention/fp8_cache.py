@@ -91,7 +91,7 @@ class Fp8LatentCache(_Buffers):
         stored = torch.float8_e4m3fn, torch.float32, torch.bfloat16
         super().__init__([(batch, width) for width in widths], capacity, stored, device)
         self._expected = expected
-        self._latent, self._scale, self._dtype = config.kv_lora_rank, scale, dtype
+        self.kv_lora_rank, self._scale, self._dtype = config.kv_lora_rank, scale, dtype
 
     def append(self, *joint: Tensor) -> Tensor:
         """Store [batch, token, kv_lora_rank + qk_rope_head_dim]; return all tokens so far, dequantised, in `dtype`."""
@@ -100,7 +100,7 @@ class Fp8LatentCache(_Buffers):
     def store(self, *joint: Tensor) -> None:
         """As `append`, without dequantising anything: what a kernel that reads `parts()` wants."""
         (checked,) = check_new(self, joint, self._expected, torch.float32)
-        self._write(*Fp8Latent.quantize(checked, self._latent, self._scale))
+        self._write(*Fp8Latent.quantize(checked, self.kv_lora_rank, self._scale))
 
     def parts(self) -> Fp8Latent:
         """Return views on codes, scales and rope keys of all tokens [batch, token, .], without a copy."""

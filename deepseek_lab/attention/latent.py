@@ -74,6 +74,10 @@ class LatentAttention(nn.Module):
                              "absorb=False, or a cache of latents (layout 'latent')")  # fmt: skip
         mask = causal_mask(x, x.shape[1] + (cache.length if cache is not None else 0), hidden)
         check_positions(x, positions, cache, hidden)
+        rank = self.config.kv_lora_rank
+        if (kept := getattr(cache, "kv_lora_rank", rank)) != rank:
+            raise ValueError(f"the cache keeps latents of {kept} numbers, this attention has {rank}; a cache serves one "
+                             "model, layout and batch size, make a new one for another")  # fmt: skip
         q_nope, q_rope, memory = self._project(x, positions)
         if absorb is None:
             absorb = cache is not None and not rebuilt and x.shape[1] == 1
@@ -81,7 +85,7 @@ class LatentAttention(nn.Module):
             k, v = self._rebuild(memory)
             memory = tuple(kept.to(x.dtype) for kept in cache.append(k.to(cache.dtype), v.to(cache.dtype)))
         elif absorb and hidden is None and self._is_read_as_stored(x, cache):
-            cache.store(memory)
+            cache.store(memory.to(cache.dtype))
             return self.o_proj(self._values(self._mix_by_kernel(self._absorb(q_nope, q_rope), cache)))
         elif cache is not None:
             memory = cache.append(memory.to(cache.dtype)).to(x.dtype)

@@ -42,6 +42,11 @@ class PagedCache:
         return self.pool.dtype
 
     @property
+    def kv_lora_rank(self) -> int:
+        """Numbers of a latent; the rope key is what follows them."""
+        return self.pool.config.kv_lora_rank
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the stored tokens would take without sharing."""
         return sum(self.lengths) * self.pool.bytes_per_token
