@@ -76,8 +76,8 @@ class LatentAttention(nn.Module):
         check_positions(x, positions, cache, hidden)
         rank = self.config.kv_lora_rank
         if (kept := getattr(cache, "kv_lora_rank", rank)) != rank:
-            raise ValueError(f"the cache keeps latents of {kept} numbers, this attention has {rank}; a cache serves one "
-                             "model, layout and batch size, make a new one for another")  # fmt: skip
+            raise ValueError(f"the cache keeps latents of {kept} numbers, this attention has {rank}; a cache serves "
+                             "one model, layout and batch size, make a new one for another")  # fmt: skip
         q_nope, q_rope, memory = self._project(x, positions)
         if absorb is None:
             absorb = cache is not None and not rebuilt and x.shape[1] == 1
