@@ -106,7 +106,9 @@ def _kept(c: ModelConfig, way: str) -> tuple[int, str, tuple[str, ...]]:
         return c.latent_width, f"({c.kv_lora_rank} + {c.qk_rope_head_dim})", keys
     key = "num_key_value_heads" if way == "grouped" else "num_attention_heads"
     heads, widths = getattr(c, key), (c.qk_head_dim, c.value_head_dim)
-    used = ("head_dim",) if way == "grouped" else ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    used = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    if way == "grouped":
+        used = ("head_dim" if c.head_dim else "hidden_size",)
     return heads * sum(widths), f"{heads} heads × ({widths[0]} + {widths[1]})", (key, *used)
 
 

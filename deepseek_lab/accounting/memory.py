@@ -117,7 +117,8 @@ def default_layout(config: ModelConfig) -> str:
 def why_not(config: ModelConfig, layout: str) -> str:
     """Return why the model cannot have this cache layout, with what works instead; empty where it can."""
     if layout not in LAYOUTS:
-        return f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}"
+        paged = "; for a paged one pass block_size=64 beside it" if layout == "paged" else ""
+        return f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}{paged}"
     if config.uses_latent_attention and layout == "grouped":
         return (
             "layout='grouped' needs heads that share keys; this model has latent attention (kv_lora_rank="

@@ -47,7 +47,7 @@ class Fp8Latent(NamedTuple):
 
     def pack(self) -> Tensor:
         """Return the bytes as published [..., token, 656] uint8: a token's codes, its scales, its rope key."""
-        return torch.cat([part.contiguous().view(torch.uint8) for part in self], dim=-1)
+        return torch.cat([_plain(part).view(torch.uint8) for part in self], dim=-1)
 
     @classmethod
     def unpack(cls, packed: Tensor, latent: int) -> Fp8Latent:
@@ -55,7 +55,12 @@ class Fp8Latent(NamedTuple):
         scales = 4 * -(-latent // BLOCK)
         parts = packed.split([latent, scales, packed.shape[-1] - latent - scales], dim=-1)
         dtypes = torch.float8_e4m3fn, torch.float32, torch.bfloat16
-        return cls(*(part.contiguous().view(dtype) for part, dtype in zip(parts, dtypes, strict=True)))
+        return cls(*(_plain(part).view(dtype) for part, dtype in zip(parts, dtypes, strict=True)))
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Return a copy that may be viewed in another width: `contiguous()` leaves odd strides and starts as they are."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def packed_width(config: ModelConfig) -> int:
@@ -67,6 +72,7 @@ class Fp8LatentCache(_Buffers):
     """Per token: the latent as FP8 codes and scales, the rope key in BF16.
 
     scale: "ue8m0" for powers of two, as published, or "fp32". dtype: what readers get. `parts()` is what kernels read.
+    No gradients pass through it.
     """
 
     def __init__(
@@ -85,7 +91,7 @@ class Fp8LatentCache(_Buffers):
         stored = torch.float8_e4m3fn, torch.float32, torch.bfloat16
         super().__init__([(batch, width) for width in widths], capacity, stored, device)
         self._expected = expected
-        self._latent, self._scale, self._dtype = config.kv_lora_rank, scale, dtype
+        self.kv_lora_rank, self._scale, self._dtype = config.kv_lora_rank, scale, dtype
 
     def append(self, *joint: Tensor) -> Tensor:
         """Store [batch, token, kv_lora_rank + qk_rope_head_dim]; return all tokens so far, dequantised, in `dtype`."""
@@ -94,7 +100,7 @@ class Fp8LatentCache(_Buffers):
     def store(self, *joint: Tensor) -> None:
         """As `append`, without dequantising anything: what a kernel that reads `parts()` wants."""
         (checked,) = check_new(self, joint, self._expected, torch.float32)
-        self._write(*Fp8Latent.quantize(checked, self._latent, self._scale))
+        self._write(*Fp8Latent.quantize(checked, self.kv_lora_rank, self._scale))
 
     def parts(self) -> Fp8Latent:
         """Return views on codes, scales and rope keys of all tokens [batch, token, .], without a copy."""

@@ -74,6 +74,10 @@ class LatentAttention(nn.Module):
                              "absorb=False, or a cache of latents (layout 'latent')")  # fmt: skip
         mask = causal_mask(x, x.shape[1] + (cache.length if cache is not None else 0), hidden)
         check_positions(x, positions, cache, hidden)
+        rank = self.config.kv_lora_rank
+        if (kept := getattr(cache, "kv_lora_rank", rank)) != rank:
+            raise ValueError(f"the cache keeps latents of {kept} numbers, this attention has {rank}; a cache serves "
+                             "one model, layout and batch size, make a new one for another")  # fmt: skip
         q_nope, q_rope, memory = self._project(x, positions)
         if absorb is None:
             absorb = cache is not None and not rebuilt and x.shape[1] == 1
@@ -81,7 +85,7 @@ class LatentAttention(nn.Module):
             k, v = self._rebuild(memory)
             memory = tuple(kept.to(x.dtype) for kept in cache.append(k.to(cache.dtype), v.to(cache.dtype)))
         elif absorb and hidden is None and self._is_read_as_stored(x, cache):
-            cache.store(memory)
+            cache.store(memory.to(cache.dtype))
             return self.o_proj(self._values(self._mix_by_kernel(self._absorb(q_nope, q_rope), cache)))
         elif cache is not None:
             memory = cache.append(memory.to(cache.dtype)).to(x.dtype)
@@ -103,7 +107,7 @@ class LatentAttention(nn.Module):
         q = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(1, 2)  # [batch, head, token, head_dim]
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         latent, rope_key = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        # The latent is normalised, the rope key is not: it is small and shared, and the code never did.
+        # The latent is normalised, the rope key is not, as in the released code.
         joint = torch.cat([self.kv_a_layernorm(latent), self.rotate(rope_key, turns)], dim=-1)
         return q_nope, self.rotate(q_rope, turns_of_heads(turns)), joint
 

@@ -22,7 +22,7 @@ def new_cache(
     layout: "latent" (what None means), "latent_fp8", "expanded" or "paged" for latent attention; "grouped" (None) or
     "expanded" for grouped heads. "paged" gets a pool of its own, with whole blocks for `capacity` tokens of every
     sequence; all kinds grow when that is too little. dtype: what attention reads.
-    Raises ValueError for a layout that the model cannot have.
+    Raises ValueError for a layout that the model cannot have and for sizes that are none.
     """
     kinds = {"grouped": GroupedCache, "expanded": ExpandedCache}
     if config.uses_latent_attention:
@@ -31,6 +31,9 @@ def new_cache(
         kind = "latent attention" if config.uses_latent_attention else "grouped heads"
         raise ValueError(f"layout={layout!r} is not possible for a model with {kind}; "
                          f"choose one of {', '.join(kinds)}")  # fmt: skip
+    for name, value in (("batch", batch), ("capacity", capacity)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"new_cache got {name}={value!r}; choose a whole number from 0 up")
     return kinds[layout or next(iter(kinds))](config, batch, capacity, dtype, device)
 
 

@@ -36,20 +36,25 @@ def text_positions(hidden: Tensor) -> Tensor:
     return ((~hidden).cumsum(dim=1) - 1).clamp(min=0)
 
 
+def uneven(cache) -> list[int] | None:
+    """Return the lengths of a paged cache's sequences where they differ, None for any other cache."""
+    lengths = getattr(cache, "lengths", ())
+    return lengths if len(set(lengths)) > 1 else None
+
+
 def cached_padding(cache, tokens: int) -> Tensor | None:
     """Return the padding in front of a paged cache's shorter sequences, [batch, slot] with `tokens` new slots.
 
     None where all sequences are equally long.
     """
-    if len(set(getattr(cache, "lengths", ()))) < 2:
-        return None
-    return F.pad(cache.hidden(), (0, tokens))
+    return F.pad(cache.hidden(), (0, tokens)) if uneven(cache) else None
 
 
 def check_hidden(hidden: Tensor, batch: int, slots: int) -> None:
     """Raise ValueError unless `hidden` is a boolean for every slot, old and new, of every text."""
-    if hidden.dtype != torch.bool or hidden.shape != (batch, slots):
-        raise ValueError(f"hidden is {tuple(hidden.shape)} of {hidden.dtype}; expected [batch, slot] = "
+    if not isinstance(hidden, Tensor) or hidden.dtype != torch.bool or hidden.shape != (batch, slots):
+        got = f"{tuple(hidden.shape)} of {hidden.dtype}" if isinstance(hidden, Tensor) else f"a {type(hidden).__name__}"
+        raise ValueError(f"hidden is {got}; expected a tensor [batch, slot] = "
                          f"{(batch, slots)} of torch.bool, True for every slot, cached or new, that is "
                          "padding")  # fmt: skip
 
@@ -62,9 +67,9 @@ def check_positions(x: Tensor, positions: Tensor, cache=None, hidden: Tensor | N
     if cache is None:
         return
     length = cache.length
-    if hidden is None and len(set(getattr(cache, "lengths", ()))) > 1:
-        raise ValueError(f"the cache holds sequences of {cache.lengths} tokens; pass hidden= (cached_padding), or "
-                         "empty slots would be read")  # fmt: skip
+    if uneven(cache) and (hidden is None or bool((cache.hidden() & ~hidden[:, :length]).any())):
+        raise ValueError(f"the cache holds sequences of {cache.lengths} tokens; pass hidden= (cached_padding), True "
+                         "for the empty slots in front of shorter ones, or these would be read")  # fmt: skip
     if hidden is None and positions.numel() == 1:  # every decoded token comes here, so it costs no tensor operation
         back = int(positions) < length
     else:

@@ -42,6 +42,11 @@ class PagedCache:
         return self.pool.dtype
 
     @property
+    def kv_lora_rank(self) -> int:
+        """Numbers of a latent; the rope key is what follows them."""
+        return self.pool.config.kv_lora_rank
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the stored tokens would take without sharing."""
         return sum(self.lengths) * self.pool.bytes_per_token
@@ -71,10 +76,16 @@ class PagedCache:
         if len(tokens) != len(new) or not all(isinstance(n, int) and 0 <= n <= longest for n in tokens):
             raise ValueError(f"PagedCache.append got tokens={tokens} for {len(new)} sequences of {longest} new tokens; "
                              "expected for each how many of them are real")  # fmt: skip
-        self.pool.extend(dict(zip(self.sequences, tokens, strict=True)))
-        for row, number, n in zip(new, self.sequences, tokens, strict=True):
-            if n:
-                self.pool.write(self.pool.slots(number, self.pool.sequences[number].length - n), row[-n:])
+        before = self.lengths
+        try:
+            self.pool.extend(dict(zip(self.sequences, tokens, strict=True)))
+            for row, number, n in zip(new, self.sequences, tokens, strict=True):
+                if n:
+                    self.pool.write(self.pool.slots(number, self.pool.sequences[number].length - n), row[-n:])
+        except BaseException:  # Ctrl-C too: no sequence keeps slots that nobody wrote
+            for number, length in zip(self.sequences, before, strict=True):
+                self.pool.truncate(number, length)
+            raise
 
     def slots(self) -> Tensor:
         """Return where every token lies in the pool's storage [batch, slot] int64; -1 in front of shorter sequences."""

@@ -142,10 +142,10 @@ class BlockPool:
             sequence = self.sequences[number]
             filled = sequence.length % self.block_size
             if new and filled and self.references[sequence.table[-1]] > 1:  # copy on write
-                shared, own = sequence.table[-1], self._take()
-                self.storage[own, :filled] = self.storage[shared, :filled]
+                shared = sequence.table[-1]
+                self.storage[self._free[-1], :filled] = self.storage[shared, :filled]
+                sequence.table[-1] = self._take()
                 self._release(shared)
-                sequence.table[-1] = own
             sequence.length += new
             while len(sequence.table) * self.block_size < sequence.length:
                 sequence.table.append(self._take())
@@ -171,8 +171,9 @@ class BlockPool:
 
     def _grow(self, blocks: int) -> None:
         old, storage = len(self.references), self.storage
-        self.storage = new_buffer((old + blocks, *storage.shape[1:]), storage.dtype, storage.device)
-        self.storage[:old] = storage
+        larger = new_buffer((old + blocks, *storage.shape[1:]), storage.dtype, storage.device)
+        larger[:old] = storage[:old]
+        self.storage = larger
         self.references += [0] * blocks
         self._free = [*reversed(range(old, old + blocks)), *self._free]
 

@@ -92,7 +92,9 @@ class RotaryTable:
     def __call__(self, positions: Tensor) -> Tensor:
         first, last = (int(p) for p in (positions.flatten()[0], positions.flatten()[-1]))
         consecutive = positions.dim() == 1 and (len(positions) == 1 or bool((positions.diff() == 1).all()))
-        longest = last if consecutive else int(positions.max())
+        lowest, longest = (first, last) if consecutive else (int(p) for p in positions.aminmax())
+        if lowest < 0:
+            raise ValueError(f"positions {positions.tolist()} begin below 0; a text begins at position 0")
         if longest >= len(self._turns) or self._turns.device != positions.device:
             self._grow(max(longest + 1, 2 * len(self._turns), 256), positions.device)
         # Consecutive positions are the usual case: a view, no copy.

@@ -35,6 +35,11 @@ def _everything(new, total):
     return _visible(new, total, shift=total)
 
 
+def _near(given, wanted) -> bool:
+    """Whether two numbers agree to the one decimal that section 1 prints."""
+    return abs(float(given) - float(wanted)) <= 0.05
+
+
 def _same_mask(given, wanted) -> bool:
     """Whether two functions make the same boolean masks for several sizes."""
     import torch
@@ -48,7 +53,7 @@ EXERCISES = {
         todo="Work out the first number of the fourth token's result by hand.",
         solution=10 * (_EXP[0] + _EXP[2]) / sum(_EXP),
         praise="Its own value is (0, 0), yet its own key takes more than half of the weight.",
-        agrees=close,
+        agrees=_near,
         slips=(
             Slip(10 * 2 * math.e / (2 * math.e + 1), "A token looks at itself too: the fourth score is 2."),
             Slip(
@@ -68,9 +73,9 @@ EXERCISES = {
         slips=(
             Slip(24e9 / _TOKEN, "The weights lie on the card as well; only what they leave is for the cache."),
             Slip((24 * 2**30 - 16_060_522_496) / _TOKEN, "That is 24 GiB. The card has 24 GB, 24,000,000,000 bytes."),
-            Slip(2 * _ROOM / _TOKEN, "Every head keeps a key and a value, both of 128 numbers."),
+            Slip(2 * _ROOM / _TOKEN, "Twice too many: there are keys and values, and a number takes two bytes."),
             Slip(_ROOM / _TOKEN / 4, "The cache holds 8 keys and values per token and layer, not one per query head."),
-            Slip(_ROOM / _TOKEN / 2, "In BF16 a number takes two bytes."),
+            Slip(_ROOM / _TOKEN / 2, "Half of it: in BF16 a number takes two bytes, not four."),
             Slip(32 * _ROOM / _TOKEN, "All 32 layers have a cache of their own."),
         ),
         fallback="Bytes per token: layers times 8 times (128 + 128) times 2. Divide what the weights leave by them.",

@@ -77,7 +77,7 @@ EXERCISES = {
         todo="How many seeds for each of the two models?",
         solution=32,
         praise="Each digit more costs a hundred times as many runs.",
-        agrees=same_number,
+        agrees=close,  # the root of 2, squared again, is not quite 2
         slips=(
             Slip(16, "Both means are uncertain: the variance of their difference is the sum of both."),
             Slip(8, "The doubt falls with the root of the number of runs: the ratio is squared."),
@@ -92,7 +92,7 @@ EXERCISES = {
         praise="Predicted equals measured, for more than one setting: at 4 and 4 both meanings agree.",
         slips=(
             Slip("a", "16 / 4 = 4: there both meanings of the word give the same number. Compute it."),
-            Slip("b", "With 2, 4 and 8 the careless estimate is a half, a quarter and an eighth: all smaller."),
+            Slip("b", "With 2 and 4 the careless estimate is a half and a quarter of it: both smaller."),
         ),
         fallback='Answer with one letter, "a", "b" or "c".',
         agrees=same_letter,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import Exercise, Slip, same_letter, same_number
+from . import Exercise, Slip, same_number
 
 
 def _merge(w_uq, w_uk):
@@ -36,6 +36,11 @@ def _same_merge(given, wanted) -> bool:
     return True
 
 
+def _same_letters(given, wanted) -> bool:
+    """Whether the letters are the same, in either case and however set apart: "acc", "A, C, C", ["a", "c", "c"]."""
+    return "".join(filter(str.isalpha, str(given).lower())) == wanted
+
+
 EXERCISES = {
     "07.1": Exercise(
         todo="How many bytes does a token leave in the cache of DeepSeek-V2? Give a whole number.",
@@ -56,7 +61,7 @@ EXERCISES = {
         todo="Which multiple should stand in place of the misprint? Give it with two decimals.",
         solution=516_096 / 70_272,
         praise="516.096 / 70.272: the sizes in print are right, one quotient of them is not.",
-        agrees=lambda given, wanted: abs(float(given) - wanted) < 0.006,
+        agrees=lambda given, wanted: abs(float(given) - wanted) < 0.005,
         slips=(
             Slip(7.28, "That is what is printed. Divide 516.096 by 70.272."),
             Slip(4.66, "4.66 is right: 327.680 / 70.272 = 4.663. Look at the other one."),
@@ -66,12 +71,14 @@ EXERCISES = {
         fallback="Divide each size by DeepSeek-V3's and compare with the third column.",
     ),
     "07.3": Exercise(
-        todo="From how many new tokens on is it less arithmetic to make keys and values? Give a whole number.",
+        todo="At how many new tokens do making keys and values and absorbing cost the same? Give a whole number.",
         solution=4096 / (144 - 80),
         praise="4,096 for each cached token against 64 for each pair of tokens. The number of heads cancels.",
         agrees=same_number,
         slips=(
             Slip(171, "That is DeepSeek-V3. Put in the small model's widths."),
+            Slip(170, "That is DeepSeek-V3. Put in the small model's widths."),
+            Slip(65, "With 65 making keys is already cheaper. Where exactly do the two meet?"),
             Slip(28, "Whole keys and values have to be read too: only the difference, 144 - 80, is saved."),
             Slip(51, "Absorbed attention costs too: divide by the difference, 144 - 80, not by 80."),
             Slip(32, "A key for each cached token is 32 wide, but a value of 32 is made as well: 64 x 64."),
@@ -95,17 +102,20 @@ EXERCISES = {
         fallback="The absorbed query is w_uk transposed times (w_uq times the query latent). Move the brackets.",
     ),
     "07.5": Exercise(
-        todo='Which check fails for the split scale, which for the cache of keys? Answer with two letters, as in "ab".',
-        solution="ac",
+        todo="Which check fails for the split scale, for the rope keys of all heads, for the cache of keys? "
+        'Answer with three letters, as in "abc".',
+        solution="acc",
         praise="A wrong number needs a comparison, a wasted byte needs counting. Neither finds the other.",
-        agrees=same_letter,
+        agrees=_same_letters,
         slips=(
-            Slip("ca", "The other way round: the split scale changes the output, the cache of keys the bytes."),
-            Slip("aa", "The cache of keys computes the right output. What is wrong with it, then?"),
-            Slip("bc", "The split scale is wrong in the same way with and without a cache. What does it differ from?"),
-            Slip("ab", "Cached keys give exactly what keys made again give. What does this cache have too much of?"),
-            Slip("cc", "The split scale keeps the same memory as ours. What does it compute with it?"),
+            Slip("ac", "There are three programs: give three letters."),
+            Slip("caa", "The other way round: the split scale changes the output, the other two change the bytes."),
+            Slip("aac", "Eight equal rope keys say what one says, so the output is right. What is there eight times?"),
+            Slip("aca", "The cache of keys computes the right output. What is wrong with it, then?"),
+            Slip("bcc", "The split scale is wrong in the same way with and without a cache. What does it differ from?"),
+            Slip("acb", "Cached keys give exactly what keys made again give. What does this cache have too much of?"),
+            Slip("ccc", "The split scale keeps the same memory as ours. What does it compute with it?"),
         ),
-        fallback='Answer with two letters of "a", "b" and "c": first the split scale, then the cache of keys.',
+        fallback='Three letters of "a", "b" and "c": the split scale, the rope keys of all heads, the cache of keys.',
     ),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from . import Exercise, Slip, close, same_letter, same_number
 
 
@@ -12,6 +14,7 @@ class _Pages:
         self.size, self.free, self.references = 4, [7, 8], [2, 2, 2, 1, 1, 1, 1, 0, 0]
         self.tables = {"a": [0, 1, 2, 3], "b": [0, 1, 2, 4, 5, 6]}
         self.lengths = {"a": 15, "b": 24}
+        self.storage = torch.zeros(9, 4, 8)
 
 
 def _cut(pages, text, length):
@@ -38,6 +41,17 @@ def _cut_rounded_down(pages, text, length):
     before = pages.lengths[text]
     _cut(pages, text, length // pages.size * pages.size)
     pages.lengths[text] = min(length, before)
+
+
+def _cut_one_too_many(pages, text, length):
+    _cut(pages, text, (length // pages.size + 1) * pages.size)
+    pages.lengths[text] = length
+
+
+def _cut_table_alone(pages, text, length):
+    before = pages.lengths[text]
+    _cut(pages, text, length)
+    pages.lengths[text] = before
 
 
 def _cut_length_alone(pages, text, length):
@@ -104,6 +118,7 @@ EXERCISES = {
         agrees=same_number,
         slips=(
             Slip(160, "That is without sharing. The full blocks of the question are stored once."),
+            Slip(47, "The answers go on in the question's last block: 40 + 220 tokens each, not 220."),
             Slip(48, "The question's last block is not full: each answer writes into a copy of it, 40 + 220 tokens."),
             Slip(56, "The question's text has ended, so the block that only it named is free again."),
             Slip(20, "That is one answer with its question. The other seven have blocks of their own too."),
@@ -118,6 +133,8 @@ EXERCISES = {
         slips=(
             Slip(_cut_shared_too, "A block that another text names must stay: count back its references first."),
             Slip(_cut_rounded_down, "A block that is filled in part is still needed: round the number of blocks up."),
+            Slip(_cut_one_too_many, "A multiple of the block size needs no further block: round up, do not add one."),
+            Slip(_cut_table_alone, "The blocks are right, but `pages.lengths` still says what it said before."),
             Slip(_cut_length_alone, "The blocks behind the cut are still in the table: nobody else can ever use them."),
             Slip(_cut_never_free, "Blocks that nobody names any more belong into pages.free."),
         ),

@@ -39,7 +39,7 @@ def generate(
     Raises ValueError where a setting is out of range, the text would outgrow the model's positions, or the model's
     answers are no numbers.
     """
-    hidden = None if lengths is None else _padding(tokens, lengths, align)
+    hidden = _padding(tokens, lengths, align)
     max_new_tokens = _check(model, tokens, hidden, max_new_tokens, temperature, top_p)
     caches = model.new_caches(tokens.shape[0], tokens.shape[1] + max_new_tokens, layout)
     draw = _drawer(tokens, temperature, top_p, seed)
@@ -55,8 +55,13 @@ def first_difference(text: Tensor, other: Tensor) -> list[int | None]:
     return [int(row.nonzero()[0]) if row.any() else None for row in text != other]
 
 
-def _padding(tokens: Tensor, lengths: Sequence[int] | Tensor, align: str) -> Tensor:
-    """Return which tokens are filling: [batch, token] bool."""
+def _padding(tokens: Tensor, lengths: Sequence[int] | Tensor | None, align: str) -> Tensor | None:
+    """Return which tokens are filling: [batch, token] bool, None where all are text."""
+    if lengths is None:
+        if align != "left":
+            raise ValueError(f"align={align!r} without lengths; say how many tokens of each row are real, or every "
+                             "token is read as text")  # fmt: skip
+        return None
     _check_tokens(tokens)
     batch, longest = tokens.shape
     lengths = torch.as_tensor(lengths, device=tokens.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import LatentAttention, RMSNorm
-from ..attention.caches import LatentCache
+from ..attention.caches import LatentCache, check_new
 from ..attention.rope import RotaryTable, rotate_pairs
 from ..experts import ExpertLayer, Router, SwiGLU
 from ..experts.layer import Experts
@@ -74,6 +74,9 @@ class CompiledStep:
         ):
             self._kernels.attention(x, *arrays, turns[length], memory, length, scale)
             feed_forward(x)
+        if not all(np.isfinite(memory[:, length]).all() for memory in memories):
+            for cache, memory in zip(caches, memories, strict=True):
+                check_new(cache, (torch.from_numpy(memory[:, length : length + 1]),), cache._expected, cache.dtype)
         logits = torch.from_numpy(self._kernels.logits(x, *self._head))
         for cache in caches:  # only now: an interrupted step leaves no layer a token ahead of another
             cache.length = length + 1
@@ -86,8 +89,8 @@ class CompiledStep:
         if tokens.dim() != 1 or tokens.device.type != "cpu":
             raise ValueError(f"a step got tokens of shape {tuple(tokens.shape)} on {tokens.device}; "
                              "expected [batch] on cpu")  # fmt: skip
-        length = caches[0].length
-        self._model._check(tokens[:, None], length, caches)
+        length = self._model._start(caches)
+        self._model._check(tokens[:, None], length)
         expected = len(tokens), self._model.config.latent_width
         memories = []
         for cache in caches:
@@ -192,7 +195,7 @@ def decode_step(
     kind) are others, or some slots are `hidden`, the model itself is returned.
     """
     small = batch * model.config.hidden_size**2 <= LARGEST_WORK
-    plain = hidden is None and all(type(cache) is LatentCache for cache in caches or ())
+    plain = hidden is None and all(type(c) is LatentCache and c.dtype == torch.float32 for c in caches or ())
     known = plain and model.config.uses_latent_attention and not torch.is_autocast_enabled("cpu")
     if active() == "numba" and small and known:
         with contextlib.suppress(Unsupported):

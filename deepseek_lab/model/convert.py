@@ -52,11 +52,15 @@ def to_latent(
     the norm's epsilon divides them all alike: exact, but not for float16, for FP8 weights or for training on. "live"
     leaves the norm at work and fits its weight: every token's latent is off by its own size, training may go on.
 
-    Raises ValueError for a model with latents already or with biases, and for a rank or width that it cannot have.
+    Raises ValueError for a model with latents already, with biases or too narrow a dtype, and for a rank or width that
+    it cannot have.
     """
     config = _latent_config(model.config, kv_lora_rank, qk_rope_head_dim)
     if norm not in ("linear", "live"):
         raise ValueError(f"to_latent got norm={norm!r}; choose 'linear' (exact) or 'live' (to train on)")
+    if norm == "linear" and model.embed_tokens.weight.dtype == torch.float16:
+        raise ValueError("to_latent got a model in float16, whose range is too narrow for norm='linear'; choose "
+                         "norm='live', or convert model.float()")  # fmt: skip
     roots = _input_roots(model, calibration)
     state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." not in name}
     for index, (layer, root) in enumerate(zip(model.layers, roots, strict=True)):
@@ -133,7 +137,7 @@ def _convert(attention: GroupedAttention, config: ModelConfig, root: Tensor, nor
     rest = torch.cat([rest.real, rest.imag], dim=1) * rotation_scale(c) ** 2  # [group, head_dim, hidden]
     values = attention.v_proj.weight.double().unflatten(0, (groups, -1))
     sizes = [(part @ root.to(part.dtype)).norm() for part in (values.flatten(0, 1), keys.flatten(0, 1))]
-    balance = (sizes[0] / sizes[1]).item() or 1.0  # so that keys and values count alike
+    balance = (sizes[0] / sizes[1]).item() if all(sizes) else 1.0  # so that keys and values count alike
     down, k_up, v_up = _factorise(rest.flatten(0, 1), values.flatten(0, 1), balance, config.kv_lora_rank, root)
     up = torch.cat([k_up.unflatten(0, (groups, -1)), v_up.unflatten(0, (groups, -1))], dim=1)
     size = ((down @ root).square().sum() / len(down)).sqrt().item() or 1.0  # root mean square of a latent

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention import GroupedAttention, LatentAttention, RMSNorm
 from ..attention.layouts import new_cache
-from ..attention.masks import cached_padding, check_hidden, text_positions
+from ..attention.masks import cached_padding, check_hidden, text_positions, uneven
 from ..config import ModelConfig
 from ..experts import ExpertLayer, SwiGLU
 
@@ -58,10 +58,10 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, tokens: Tensor, caches: list | None = None, hidden: Tensor | None = None) -> Tensor:
-        start = caches[0].length if caches else 0
+        start = self._start(caches)
         if hidden is None and caches and tokens.dim() == 2:
             hidden = cached_padding(caches[0], tokens.shape[1])
-        positions = self._check(tokens, start, caches, hidden)
+        positions = self._check(tokens, start, hidden)
         x = self.embed_tokens(tokens)
         try:
             for index, layer in enumerate(self.layers):
@@ -81,7 +81,20 @@ class Transformer(nn.Module):
         """Return the mixture-of-experts layers, from the first to the last."""
         return [layer.mlp for layer in self.layers if isinstance(layer.mlp, ExpertLayer)]
 
-    def _check(self, tokens: Tensor, start: int, caches: list | None, hidden: Tensor | None = None) -> Tensor:
+    def _start(self, caches: list | None) -> int:
+        """Refuse caches that do not belong together; return how many tokens they hold."""
+        if caches is None:
+            return 0
+        if not isinstance(caches, list | tuple) or len(caches) != len(self.layers):
+            got = f"{len(caches)} caches" if isinstance(caches, list | tuple) else f"a {type(caches).__name__}"
+            raise ValueError(f"model got {got} for {len(self.layers)} layers; use model.new_caches(batch)")
+        if len({id(c) for c in caches}) < len(caches) or len({(c.length, *(uneven(c) or ())) for c in caches}) > 1:
+            raise ValueError(f"caches hold {[uneven(c) or c.length for c in caches]} tokens, or one serves two layers; "
+                             "every layer needs its own, all equally long: make new ones with "
+                             "model.new_caches(batch)")  # fmt: skip
+        return caches[0].length
+
+    def _check(self, tokens: Tensor, start: int, hidden: Tensor | None = None) -> Tensor:
         """Refuse what the layers would misread; return the positions [token], or [batch, token] with padding."""
         c = self.config
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32) or not tokens.numel():
@@ -101,11 +114,4 @@ class Transformer(nn.Module):
         if low < 0 or high >= c.vocab_size:
             raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary 0..{c.vocab_size - 1}; was "
                              "the text encoded with this model's tokenizer?")  # fmt: skip
-        if caches is not None and len(caches) != len(self.layers):
-            raise ValueError(
-                f"model got {len(caches)} caches for {len(self.layers)} layers; use model.new_caches(batch)"
-            )
-        if caches and (len({id(c) for c in caches}) < len(caches) or len({c.length for c in caches}) > 1):
-            raise ValueError(f"caches hold {[c.length for c in caches]} tokens, or one serves two layers; every layer "
-                             "needs its own, all equally long: make new ones with model.new_caches(batch)")  # fmt: skip
         return positions

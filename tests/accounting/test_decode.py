@@ -89,6 +89,16 @@ def test_expanded_and_absorbed_v3_meet_far_below_the_ridge_of_an_h800():
     assert equal_ridge(decode_step(V3, 4096, "re-expanded"), decode_step(V3, 4096)) is None
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "llama-3.1-8b"])
+def test_every_line_names_keys_that_the_config_has_set(name):
+    config = PRESETS[name]
+    step = decode_step(config, 10)
+    keys = {key for line in (*step.flops.lines, *step.reads.lines) for key in line.keys}
+    assert keys and all(getattr(config, key) for key in keys), keys
+    wide = decode_step(PRESETS["llama-3.1-8b"].replace(head_dim=128), 10)
+    assert wide.reads.lines[0].keys == ("num_key_value_heads", "head_dim")
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -266,6 +266,14 @@ def test_a_layout_is_made_by_its_name(config, layout, kind):
     assert type(new_cache(config, capacity=1, layout=layout)) is kind
 
 
+@every_kind
+@pytest.mark.parametrize("sizes", [dict(batch=-1), dict(batch=1.5), dict(capacity=-3), dict(capacity=True)])
+def test_sizes_that_are_none_are_refused(config, layout, sizes):
+    ((name, value),) = sizes.items()
+    with pytest.raises(ValueError, match=f"new_cache got {name}={value}; choose a whole number"):
+        new_cache(config, layout=layout, **sizes)
+
+
 @pytest.mark.parametrize(
     ("config", "layout", "possible"),
     [(V3, "grouped", "latent, latent_fp8, expanded, paged"), (LLAMA, "latent", "grouped, expanded"),

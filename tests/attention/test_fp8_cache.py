@@ -86,6 +86,16 @@ def test_packed_bytes_hold_the_parts_in_the_published_order(config):
     assert token[ends[1] :] == parts.rope[1, 2].view(torch.int16).numpy().tobytes()
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7])
+@pytest.mark.parametrize("latent", [1, 3, 64, 127, 130])
+def test_any_number_of_tokens_of_any_width_is_packed_and_unpacked(latent, tokens):
+    config = TINY.replace(kv_lora_rank=latent, qk_rope_head_dim=2)
+    parts = Fp8Latent.quantize(joint(config, 1, tokens), latent)
+    packed = parts.pack()
+    assert packed.shape == (1, tokens, latent + 4 * -(-latent // 128) + 4)
+    assert torch.equal(Fp8Latent.unpack(packed, latent).dequantize(), parts.dequantize())
+
+
 def test_parts_are_views_and_a_read_is_a_copy():
     cache = Fp8LatentCache(V3, capacity=8)
     seen = cache.append(joint(V3, 1, 3))

@@ -6,11 +6,13 @@ import torch
 from references import difference
 
 from deepseek_lab.attention import (
+    BlockPool,
     Fp8LatentCache,
     GroupedAttention,
     GroupedCache,
     LatentAttention,
     LatentCache,
+    PagedCache,
     new_cache,
 )
 from deepseek_lab.config import ModelConfig, RopeScaling
@@ -151,3 +153,13 @@ def test_what_a_policy_rounds_is_not_left_out_by_the_kernels(policy):
         got = [layer(x[:, :18], positions[:18], fast), layer(x[:, 18:], positions[18:], fast)][1]
         layer(x[:, :18], positions[:18], slow)
     assert torch.equal(got, layer(x[:, 18:], positions[18:], slow).detach())
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_memory_that_splits_latent_and_rope_key_elsewhere_is_refused_before_it_is_read(paged):
+    other = BASE.replace(kv_lora_rank=BASE.kv_lora_rank + 2, qk_rope_head_dim=BASE.qk_rope_head_dim - 2)
+    layer, (x, positions) = filled(BASE), inputs(BASE)
+    cache = PagedCache(BlockPool(other, 2, layout="latent_fp8"), 2) if paged else Fp8LatentCache(other, 2)
+    with pytest.raises(ValueError, match="a cache serves one model"):
+        layer(x, positions, cache)
+    assert cache.length == 0

@@ -138,6 +138,51 @@ class Paged(RuleBasedStateMachine):
         assert sorted(self.pool._free) == list(range(BLOCKS))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_store_that_is_interrupted_leaves_every_sequence_as_it_was(monkeypatch, error, written):
+    pool = BlockPool(SMALL, BLOCKS, SIZE)
+    cache = PagedCache(pool, 3)
+    cache.append(random(3, 6, 5), tokens=[6, 3, 4])
+    before, left, write = snapshot(pool), [written], pool.write
+
+    def interrupted(slots, joint):
+        if not left[0]:
+            raise error
+        left[0] -= 1
+        write(slots, joint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "write", interrupted)
+        with pytest.raises(error):
+            cache.append(random(3, 5, 5, seed=1))
+    assert unchanged(pool, before) and cache.lengths == [6, 3, 4]
+
+
+def test_blocks_that_could_not_be_copied_are_lost_neither_by_a_fork_nor_by_growing(monkeypatch):
+    pool = BlockPool(SMALL, 2, SIZE, grows=True)
+    cache = PagedCache(pool)
+    cache.append(random(1, 3, 5))
+    twin, before = cache.fork(), snapshot(pool)
+
+    class Interrupting(torch.Tensor):
+        def __setitem__(self, *what):
+            raise KeyboardInterrupt
+
+    whole = pool.storage
+    pool.storage = whole.as_subclass(Interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        twin.append(random(1, 1, 5))  # copies the block that both name
+    pool.storage = whole
+    assert unchanged(pool, before)
+    with monkeypatch.context() as patch:
+        patch.setattr("deepseek_lab.attention.pool.new_buffer",
+                      lambda *shape: torch.zeros(1).as_subclass(Interrupting))  # fmt: skip
+        with pytest.raises(KeyboardInterrupt):
+            twin.append(random(1, 30, 5))
+    assert unchanged(pool, before)
+
+
 TestPaged = Paged.TestCase
 TestPaged.settings = settings(max_examples=60, stateful_step_count=25)
 

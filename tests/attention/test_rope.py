@@ -114,6 +114,14 @@ def test_turning_keeps_lengths_and_dtypes(rotate):
     assert rotate(x.bfloat16(), turns).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("positions", [[-1], [-2, -1], [-1, 0, 1], [0, -1], [[0, 1], [-1, 0]]])
+def test_positions_below_zero_are_refused_and_not_read_from_the_end_of_the_table(positions):
+    table = RotaryTable(PRESETS["tiny"])
+    table(torch.arange(9))
+    with pytest.raises(ValueError, match=r"positions .* begin below 0"):
+        table(torch.tensor(positions))
+
+
 @pytest.mark.parametrize("positions", [[5], [3, 4, 5], [9, 2, 2, 700], [300, 301], [0], [4, 3, 5, 6]])
 def test_positions_in_any_order_get_their_own_angles(positions):
     config = PRESETS["tiny"]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from references import difference, token_ids
 
 import deepseek_lab as lab
+from deepseek_lab.attention import new_cache
 from deepseek_lab.generation import first_difference, generate
 from deepseek_lab.generation.step import CompiledStep, ModelStep, decode_step
 
@@ -105,6 +106,7 @@ def test_a_text_may_be_longer_than_the_positions_if_that_is_padding(models):
         (dict(lengths=[3, 6]), r"lengths=\[3, 6\]"),
         (dict(lengths=[3.0, 2.0]), r"lengths=\[3\.0, 2\.0\]"),
         (dict(lengths=[3, 2], align="middle"), "align='middle'; choose 'left' .* or 'right'"),
+        (dict(align="right"), "align='right' without lengths; say how many tokens of each row are real"),
         (dict(layout="grouped"), "layout='grouped' is not possible .* latent"),
     ],
 )
@@ -132,6 +134,33 @@ def test_the_compiled_step_leaves_to_the_model_what_it_would_misread(models, ker
             assert {cache.length for cache in caches} == {0}
 
 
+def test_a_cache_in_another_dtype_is_left_to_the_model(models):
+    model, tokens = models["v3"], token_ids(2, 9)
+    caches = [new_cache(model.config, 2, dtype=torch.bfloat16) for _ in model.layers]
+    with torch.no_grad():
+        model(tokens[:, :8], caches)
+        step = decode_step(model, 2, caches)
+        assert type(step) is ModelStep and step(tokens[:, 8], caches).isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["input_layernorm.weight", "self_attn.kv_a_layernorm.weight"])
+def test_a_step_that_would_store_what_is_no_number_is_refused_and_changes_no_cache(models, part):
+    model, tokens = models["v3"], token_ids(2, 9)
+    caches = model.new_caches(2)
+    with torch.no_grad():
+        model(tokens[:, :8], caches)
+        step, before = decode_step(model, 2, caches), [cache.view()[0].clone() for cache in caches]
+        expected = step(tokens[:, 8], [cache.fork() for cache in caches])
+        weight = model.layers[1].get_parameter(part)
+        good = weight[3].item()
+        weight[3] = float("nan")
+        with pytest.raises(ValueError, match=r"LatentCache.append got nan at \["):
+            step(tokens[:, 8], caches)
+        weight[3] = good
+        assert all(torch.equal(cache.view()[0], old) for cache, old in zip(caches, before, strict=True))
+        assert torch.equal(step(tokens[:, 8], caches), expected)
+
+
 # A cache that does not take its tokens ------------------------------------------------------------------------------
 
 
@@ -155,6 +184,25 @@ def test_one_layer_that_refuses_leaves_the_caches_of_all_layers_as_they_were(mod
             del caches[2].store
             assert [cache.length for cache in caches] == [4, 4, 4]
         assert difference(model(tokens[:, 4:], caches), expected[:, 4:]) < EXACT
+
+
+def test_layers_whose_sequences_are_not_cut_alike_are_refused(models):
+    model, tokens = models["v3"], token_ids(2, 9)
+    for cuts in ([(0, 4)], [(1, 4)], [(0, 4), (1, 4), (2, 5)]):
+        caches = model.new_caches(2, 64, "paged")
+        with torch.no_grad():
+            model(tokens[:, :6], caches)
+            for layer, length in cuts:
+                caches[layer].truncate(length, sequence=1)
+            with pytest.raises(ValueError, match=r"caches hold .*\[6, 4\].* tokens"):
+                model(tokens[:, 6:], caches)
+        assert [cache.length for cache in caches] == [6, 6, 6]
+
+
+def test_one_cache_for_all_layers_is_refused_with_how_to_make_as_many_as_are_needed(models):
+    model = models["v3"]
+    with pytest.raises(ValueError, match=r"got a LatentCache for 3 layers; use model\.new_caches\(batch\)"):
+        model(token_ids(1, 3), new_cache(model.config))
 
 
 # FP8 on the shipped model -------------------------------------------------------------------------------------------

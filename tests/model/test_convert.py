@@ -163,6 +163,17 @@ def test_a_live_norm_gives_all_latents_one_size_and_can_be_trained_on():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("part", ["k_proj", "v_proj"])
+def test_a_layer_without_keys_or_without_values_is_converted_too(part):
+    model = filled(GQA)
+    model.layers[0].self_attn.get_submodule(part).weight.data.zero_()
+    got = to_latent(model, 48).layers[0].self_attn
+    x, same = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(1)), torch.full((9,), 3)
+    with torch.no_grad():
+        expected = model.layers[0].self_attn(x, same)
+        assert (got(x, same) - expected).abs().max() < EXACT
+
+
 # What comes out is a model like any other --------------------------------------------------------------------------
 
 
@@ -179,6 +190,13 @@ def test_its_text_its_files_and_its_cache_are_those_of_a_latent_model(tmp_path):
     assert torch.equal(load_hf(tmp_path)(tokens), latent(tokens))
     latent.layers[0].self_attn.o_proj.weight.data += 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_in_float16_has_no_room_for_latents_that_small():
+    model = filled(MQA).half()
+    with pytest.raises(ValueError, match=r"float16, whose range is too narrow .* norm='live', or convert model\.float"):
+        to_latent(model, 12)
+    assert to_latent(model, 12, norm="live")(token_ids(1, 9)).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_a_counted_point_lies_on_the_first_roof_and_a_measured_one_where_it_was_
     assert drawn(ax, "beyond").tolist() == [[4_000.0, H800[0]]]
     assert drawn(ax, "decode").tolist() == [[10.6, 4.1e10]]
     said = [text.get_text() for text in ax.texts]
-    assert {"absorbed MLA\n242 FLOP/byte", "decode\n41.0 GFLOP/s measured"} <= set(said)
+    assert {"absorbed MLA\n242 FLOP/byte", "decode: 41.0 GFLOP/s"} <= set(said)
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,18 @@ def test_a_counted_point_lies_on_the_first_roof_and_a_measured_one_where_it_was_
         ({"H800": H800, "here": HERE}, {**COUNTED, "decode": (10.6, 4.1e10), "MHA here": (1.0, 1.1e10)}),
         ({"H800": H800, "H100": (7e14, 2.9e12)}, {**COUNTED, "absorbed, seen": (241.8, 5e14)}),
         ({"here": HERE}, {"a": (0.5, 6e9), "b": (0.5, 5.9e9), "c": (0.6, 5.8e9)}),
+        (
+            {"here": HERE, "H800": H800},
+            {"1": (0.5, 9.9e9), "caches": (0.5, 1e10), "16": (8, 1.8e10), "128": (64, 5e10)},
+        ),
+        ({"here, ridge 2": (2e10, 1e10), "H800": H800}, {"one vector of many": (0.5, 4e9), "another": (0.5, 4e9)}),
     ],
 )
 def test_labels_do_not_touch_and_all_is_inside(machines, points):
     ax = plots.roofline(machines, points)
     ax.figure.canvas.draw()
     frame = ax.get_window_extent()
-    boxes = [text.get_window_extent() for text in ax.texts]
+    boxes = [text.get_window_extent() for text in ax.texts if text.get_text()]  # those without are thin lines
     for one, other in itertools.combinations(boxes, 2):
         touching = (
             min(one.x1, other.x1) - max(one.x0, other.x0) > 2 and min(one.y1, other.y1) - max(one.y0, other.y0) > 2
@@ -71,6 +76,17 @@ def test_labels_do_not_touch_and_all_is_inside(machines, points):
     for name in points:
         (x, y), (low, high) = drawn(ax, name)[0], ax.get_ylim()
         assert ax.get_xlim()[0] < x < ax.get_xlim()[1] and low < y < high
+        at = ax.transData.transform((x, y))
+        assert not any(box.x0 < at[0] < box.x1 and box.y0 < at[1] < box.y1 for box in boxes), "a name hides a point"
+
+
+def test_a_name_that_stands_further_off_is_joined_to_its_point_by_a_line():
+    for points, crowded in (
+        ({"a": (8.0, 3e10), "b": (800.0, 3e10)}, False),
+        (dict.fromkeys("abcd", (8.0, 3e10)), True),
+    ):
+        lines = [text.xy for text in plots.roofline({"here": HERE}, points).texts if not text.get_text()]
+        assert bool(lines) == crowded and set(lines) <= {(8.0, 3e10)}
 
 
 def test_it_draws_on_axes_that_are_given():

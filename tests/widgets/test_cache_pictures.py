@@ -44,6 +44,12 @@ def test_the_race_begins_before_the_prompt_and_follows_its_controls():
     assert shown(widget) == race_sheet(CacheRace("deepseek-v3", "16 x H800", 64, 1_000), race.steps[-1]).label
 
 
+def test_the_race_may_begin_at_any_of_its_steps_and_at_no_other_place():
+    assert shown(cache_race(batch=3, tokens=65_536)) == race_sheet(CacheRace(batch=3), 65_536).label
+    with pytest.raises(ValueError, match="tokens=5 is no step of this race; choose one of 0, 4096"):
+        cache_race(tokens=5)
+
+
 def test_the_absorption_explorer_follows_its_four_controls():
     widget, config = absorption_explorer(heads=96, latent=500), PRESETS["deepseek-v3"]
     assert 96 in [value for _, value in widget.controls["heads"].options]
