@@ -28,7 +28,8 @@ from IPython.display import display
 display(lab.widgets.outlier_explorer())
 lab.widgets.bit_explorer("E4M3", 0.1)
 """
-# Three pictures of caches: two count only, the third shows a pool of blocks after each operation on it.
+# Three pictures of caches: two count only, the third shows a pool of blocks after each operation on it. And the balance
+# theatre of notebook 10, on loads at random: there it stands on a minute of training.
 CACHES = """
 import torch
 import deepseek_lab as lab
@@ -44,6 +45,9 @@ steps.append(pool_step(pool, "fork it twice"))
 fork.append(torch.ones(2, 9, config.latent_width))
 steps.append(pool_step(pool, "append 9 tokens to both forks"))
 display(lab.widgets.cache_race(), lab.widgets.absorption_explorer())
+loads, biases = torch.randint(0, 90, (2, 50, 2, 32)), torch.randn(2, 50, 2, 32)
+runs = {f"speed {u}": lab.experts.balance.LoadHistory(*run) for u, *run in zip((0.001, 0.01), loads, biases)}
+display(lab.widgets.balance_theatre(runs, step=0))
 lab.widgets.paged_cache(steps)
 """
 # The way of a text's tokens to the nodes of their experts.
@@ -53,6 +57,14 @@ text = "def to_bytes(value): return bytes(value)"
 model = lab.checkpoints.load("tiny")
 trace = lab.experts.trace_routing(model, lab.data.ByteTokenizer().encode(text)[None])
 lab.widgets.traffic_map(lab.experts.trace_traffic(trace, model.config), text)
+"""
+# The experts of a text that is typed.
+ROUTER = """
+import deepseek_lab as lab
+model, tokenizer = lab.checkpoints.load("tiny"), lab.data.ByteTokenizer()
+def read(text):
+    return lab.experts.trace_routing(model, tokenizer.encode(text)[None], shares=True), tokenizer.pieces(text)
+lab.widgets.token_router(read, "The with statement", layer=1, token=4)
 """
 
 
@@ -183,7 +195,13 @@ def one_cell(lab):
     url, token = lab
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     headers = {"Authorization": f"token {token}", "Content-Type": "application/json"}
-    for name, source in (("replay", REPLAY), ("explorers", EXPLORERS), ("caches", CACHES), ("traffic", TRAFFIC)):
+    for name, source in (
+        ("replay", REPLAY),
+        ("explorers", EXPLORERS),
+        ("caches", CACHES),
+        ("traffic", TRAFFIC),
+        ("router", ROUTER),
+    ):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip())], metadata=kernel)
         body = json.dumps({"type": "notebook", "content": notebook}).encode()
         request = urllib.request.Request(f"{url}/api/contents/notebooks/{name}.ipynb", body, headers, method="PUT")
@@ -193,7 +211,7 @@ def one_cell(lab):
 @pytest.mark.parametrize(
     ("name", "widget", "slider", "choice"),
     [
-        ("11_assemble_the_model.ipynb", "expert-routes", "token", "layer"),
+        ("11_assemble_the_model.ipynb", "token-router", "token", "layer"),
         ("replay.ipynb", "training-replay", "step", "expert layer"),
         ("explorers.ipynb", "outlier-explorer", "outlier", "place"),
         ("traffic.ipynb", "traffic-map", "token", "layer"),
@@ -287,6 +305,7 @@ def caches(open_notebook, one_cell):
         ("cache-race", ("tokens", "batch")),
         ("absorption-explorer", ("context", "batch", "heads", "latent")),
         ("paged-cache", ("operation",)),
+        ("balance-theatre", ("step", "run")),
     ],
 )
 def test_the_pictures_of_caches_follow_their_sliders_by_keyboard(caches, widget, sliders):
@@ -305,7 +324,9 @@ def test_the_pictures_of_caches_follow_their_sliders_by_keyboard(caches, widget,
     assert place["x"] >= 0 and place["x"] + place["width"] <= 600
 
 
-@pytest.mark.parametrize(("widget", "slider"), [("cache-race", "tokens"), ("paged-cache", "operation")])
+@pytest.mark.parametrize(
+    ("widget", "slider"), [("cache-race", "tokens"), ("paged-cache", "operation"), ("balance-theatre", "step")]
+)
 def test_a_picture_is_played_and_stopped_by_keyboard(caches, widget, slider):
     box = caches.page.locator(f".{widget}")
     picture, handle = box.locator("svg[role=img]"), box.locator(".noUi-handle").first
@@ -323,6 +344,33 @@ def test_a_picture_is_played_and_stopped_by_keyboard(caches, widget, slider):
     says = picture.get_attribute("aria-label")
     caches.page.wait_for_timeout(1_500)
     assert picture.get_attribute("aria-label") == says, "it goes on after the pause"
+
+
+def test_a_typed_text_is_routed_and_rules_are_switched_off_by_keyboard(open_notebook, one_cell):
+    notebook = open_notebook("router.ipynb").run_all()
+    page = notebook.page
+    page.set_viewport_size({"width": 600, "height": 1000})
+    picture = page.locator(".token-router svg[role=img]")
+    picture.scroll_into_view_if_needed()
+    says, place = picture.get_attribute("aria-label"), picture.bounding_box()
+    typed = notebook.labelled(".token-router .widget-text", "text").locator("input")
+    typed.focus()
+    notebook.press("End", "Shift+Home")
+    page.keyboard.type("na\u00efve <b>")
+    says = changed(picture, says)
+    page.wait_for_function("() => document.querySelector('.token-router svg').textContent.includes('C3')")
+    says = picture.get_attribute("aria-label")
+    for rule in ("bias", "groups", "shared expert"):
+        page.get_by_label(rule, exact=True).focus()
+        notebook.press("Space")
+        says = changed(picture, says)
+    assert "bias off, groups off" in says and "which is lost" in says
+    notebook.shot("token_router_600px")
+    typed.fill("")
+    page.get_by_text("0 characters: type 1 to 120.").wait_for()
+    assert picture.get_attribute("aria-label") == says and picture.bounding_box() == place
+    assert place["x"] >= 0 and place["x"] + place["width"] <= 600
+    assert (notebook.errors, notebook.outside) == ([], [])
 
 
 def test_a_missing_browser_is_skipped_for_a_learner_and_fails_in_ci(monkeypatch):

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "absorption": ["absorption_explorer"],
         "accumulation": ["accumulator", "error_curves"],
+        "balance": ["balance_theatre"],
         "cache_race": ["cache_race"],
         "course_map": ["COURSE", "course_map"],
         "bits": ["bit_explorer"],

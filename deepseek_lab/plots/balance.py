@@ -129,7 +129,7 @@ def _bias_bars(biases: Sequence[float], largest: float) -> list[Shape]:
         out.append(Box(*place, "#FFFFFF", INK, "up", kind="bias", name=str(expert)))
         if expert % every == 0:
             out.append(Words(left + slot * 0.38, bottom + 18, str(expert), "middle", size=12, kind="number"))
-    return [*out, Line(((LEFT, zero), (RIGHT, zero))), Words(_MARGIN, bottom + 18, "expert", size=12)]
+    return [*out, Line(((LEFT, zero), (RIGHT, zero))), Words(_MARGIN - 6, bottom + 18, "expert", size=12)]
 
 
 def _curves(histories: Mapping, run: str, step: int, layer: int) -> list[Shape]:

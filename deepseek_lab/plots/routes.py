@@ -113,7 +113,7 @@ def _text(choice, pieces: Sequence[str], token: int, count: int) -> list[Shape]:
     """Three lines of the text around the token. A token's ground has a stripe for each of its experts, as high as the
     expert's weight; below stands the expert with the largest."""
     shown = [visible(piece) for piece in pieces]
-    widths = [max(8.4 * len(piece) + 4, _CELL if count <= 100 else 1.4 * _CELL) for piece in shown]
+    widths = [max(8.4 * len(piece) + 6, _CELL if count <= 100 else 1.4 * _CELL) for piece in shown]
     rows = flow(pieces, widths, WIDTH - 2 * _MARGIN)
     here = next(i for i, row in enumerate(rows) if token in row)
     first = max(min(here - 1, len(rows) - _ROWS), 0)
@@ -214,7 +214,7 @@ def _output(choice, token: int, shared: bool) -> list[Shape]:
     """A bar of the layer's output: what the routed experts bring, and what the shared one brings or takes away."""
     if choice.shares is None:
         return []
-    said, y, left, room = brings(choice, token), _OUTPUT_Y, 116, 234
+    said, y, left, room = brings(choice, token), _OUTPUT_Y, 116, 200
     own = room * min(max(choice.shares[token, -1].item(), 0.0), 1.0)
     x, corners = left + room - own, ((0, -11), (own, -11), (own, 2), (0, 2), (0, -11))
     out: list[Shape] = [Words(_MARGIN, y, "output made by", size=12)]

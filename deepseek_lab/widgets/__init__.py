@@ -3,6 +3,7 @@
 # Imported at once: `memory_bar` names a module and the function in it, and `widgets.memory_bar` must be the function.
 from .absorption import absorption_explorer
 from .accumulator import accumulator
+from .balance_theatre import balance_theatre
 from .base import PictureWidget
 from .bit_explorer import BitExplorer, bit_explorer
 from .cache_race import cache_race
@@ -20,6 +21,7 @@ __all__ = [
     "TokenRouter",
     "absorption_explorer",
     "accumulator",
+    "balance_theatre",
     "bit_explorer",
     "cache_race",
     "memory_bar",

@@ -10,7 +10,7 @@ from deepseek_lab.plots.balance import check_histories, theatre_sheet
 
 from .base import PictureWidget, choice, player
 
-MOMENTS = 60  # steps that the slider stops at, at most
+MOMENTS = 30  # steps that the slider stops at, at most
 
 
 def balance_theatre(
@@ -25,17 +25,16 @@ def balance_theatre(
     histories = dict(histories)
     run, step, layer = check_histories(histories, run, step, layer)
     steps, layers, _ = histories[run].loads.shape
-    moments = sorted({*range(0, steps, steps // MOMENTS + 1), steps - 1, step})
+    moments = sorted({*range(0, steps, -(-steps // MOMENTS)), steps - 1, step})
     at = choice(SelectionSlider, "step", [(f"{moment:,}", moment) for moment in moments], step, 400, 36)
     rows = [(f"{row + 1} of {layers}", row) for row in range(layers)]
     controls = {
+        "step": at,
         "run": choice(SelectionSlider, "run", [(name, name) for name in histories], run, 380, 36),
         "layer": choice(Dropdown, "expert layer", rows, layer, 180, 80),
-        "step": at,
-        "play": player(at),
     }
 
-    def plan(run: str, layer: int, step: int, **_):
+    def plan(step: int, run: str, layer: int):
         return theatre_sheet(histories, run, step, layer)
 
-    return PictureWidget("balance-theatre", controls, plan, readout=120)
+    return PictureWidget("balance-theatre", controls, plan, (player(at),), readout=120)

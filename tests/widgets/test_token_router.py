@@ -165,7 +165,7 @@ def test_the_bar_of_the_output_shows_what_the_shared_expert_brings_or_takes_away
     shares, svg = TRACE.at(2).choices[True, True].shares[11], drawn(layer=2, token=11, shared=shared)
     own, routed = shares[-1].item(), named(svg, "routed part")[0]
     assert 0.02 < own < 0.98
-    assert float(routed.get("width")) == pytest.approx(234 * (1 - own), abs=0.01)
+    assert float(routed.get("width")) == pytest.approx(200 * (1 - own), abs=0.01)
     assert (len(named(svg, "shared part")), len(named(svg, "lost part"))) == (shared, not shared)
     said = f"routed {round(100 * (1 - own))} %, shared expert {round(100 * own)} %" + " lost" * (not shared)
     assert words(svg, "output") == [said]
