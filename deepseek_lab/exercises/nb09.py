@@ -37,7 +37,7 @@ def _same_order(given, wanted) -> bool:
     generator = torch.Generator().manual_seed(9)
     for tokens, count, choices in ((7, 5, 2), (40, 16, 4), (1, 8, 3)):
         experts = torch.rand(tokens, count, generator=generator).argsort(1)[:, :choices]
-        if given(experts).tolist() != wanted(experts).tolist():
+        if torch.as_tensor(given(experts)).tolist() != wanted(experts).tolist():
             return False
     return True
 
@@ -115,6 +115,6 @@ EXERCISES = {
             Slip("cc", "The maximum keeps the wrong groups, but as many as it should."),
             Slip("aa", "Scores above zero win against every zero: check a cannot see it."),
         ),
-        fallback='Answer with two letters of "a", "b" and "c": first for the zero, then for the maximum.',
+        fallback='Two letters, as in "ab": first the zero alone, then the maximum alone. Which check fails for both?',
     ),
 }
