@@ -46,10 +46,10 @@ def is_positive(value) -> bool:
 def _check_sizes(c: ModelConfig) -> None:
     if c.model_type not in MODEL_TYPES:
         raise ValueError(f"model_type={c.model_type!r} is unknown; choose one of {', '.join(MODEL_TYPES)}")
-    if c.model_type in DENSE_TYPES and (c.kv_lora_rank or c.n_routed_experts):
-        name = "kv_lora_rank" if c.kv_lora_rank else "n_routed_experts"
-        raise ValueError(f"{name}={getattr(c, name)} in a {c.model_type}, which is dense with grouped heads; "
-                         "choose model_type='deepseek_v3'")  # fmt: skip
+    foreign = [name for name in ("kv_lora_rank", "n_routed_experts", "num_nextn_predict_layers") if getattr(c, name)]
+    if c.model_type in DENSE_TYPES and foreign:
+        raise ValueError(f"{foreign[0]}={getattr(c, foreign[0])} in a {c.model_type}, which is dense with grouped heads"
+                         " and predicts one token; choose model_type='deepseek_v3'")  # fmt: skip
     for field in dataclasses.fields(c):
         name, value, kind = field.name, getattr(c, field.name), field.type.removesuffix(" | None")
         if value is None and kind != field.type:

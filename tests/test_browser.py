@@ -66,6 +66,24 @@ def read(text):
     return lab.experts.trace_routing(model, tokenizer.encode(text)[None], shares=True), tokenizer.pieces(text)
 lab.widgets.token_router(read, "The with statement", layer=1, token=4)
 """
+# The memory of a step of a small model, recorded both ways.
+MEMORY = """
+import torch
+import deepseek_lab as lab
+config = lab.PRESETS["tiny"].replace(num_hidden_layers=2, hidden_size=64)
+batches = lab.data.Batches(torch.randint(0, 260, (2_000,)), batch=2, length=64)
+timelines = {}
+for precision in ("FP32", "FP8"):
+    for recompute in (False, True):
+        model = lab.model.Transformer(config)
+        if precision == "FP8":
+            lab.model.apply_policy(model, lab.precision.PrecisionPolicy())
+        model.recompute = {"norms", "up-projections", "swiglu"} if recompute else ()
+        run = lab.training.train(model, batches, lab.training.Recipe(steps=9))
+        next(run)
+        timelines[precision, recompute] = lab.accounting.record_step(model, lambda: next(run))
+lab.widgets.memory_timeline(timelines)
+"""
 
 
 def lab_command(*variables: str) -> list[str]:
@@ -189,7 +207,7 @@ def test_the_memory_bar_fits_a_column_of_600_pixels(start, picture):
 
 @pytest.fixture(scope="module")
 def one_cell(lab):
-    """Notebooks of one cell each, beside the course: replay, explorers, caches, traffic."""
+    """Notebooks of one cell each, beside the course: replay, explorers, caches, traffic, memory."""
     import nbformat
 
     url, token = lab
@@ -201,6 +219,7 @@ def one_cell(lab):
         ("caches", CACHES),
         ("traffic", TRAFFIC),
         ("router", ROUTER),
+        ("memory", MEMORY),
     ):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip())], metadata=kernel)
         body = json.dumps({"type": "notebook", "content": notebook}).encode()
@@ -215,6 +234,7 @@ def one_cell(lab):
         ("replay.ipynb", "training-replay", "step", "expert layer"),
         ("explorers.ipynb", "outlier-explorer", "outlier", "place"),
         ("traffic.ipynb", "traffic-map", "token", "layer"),
+        ("memory.ipynb", "memory-timeline", "moment", "precision"),
         ("03_fp8_matmul.ipynb", "accumulator", "fraction bits", "promoted"),
     ],
 )
@@ -344,6 +364,32 @@ def test_a_picture_is_played_and_stopped_by_keyboard(caches, widget, slider):
     says = picture.get_attribute("aria-label")
     caches.page.wait_for_timeout(1_500)
     assert picture.get_attribute("aria-label") == says, "it goes on after the pause"
+
+
+def test_recomputation_is_switched_on_by_keyboard_and_the_step_is_played(open_notebook, one_cell):
+    notebook = open_notebook("memory.ipynb").run_all()
+    page = notebook.page
+    page.set_viewport_size({"width": 600, "height": 1000})
+    box = page.locator(".memory-timeline")
+    picture = box.locator("svg[role=img]")
+    picture.scroll_into_view_if_needed()
+    says, place = picture.get_attribute("aria-label"), picture.bounding_box()
+    assert says.startswith("FP32 without recomputation: peak")
+    page.get_by_label("recomputation", exact=True).focus()
+    notebook.press("Space")
+    says = changed(picture, says)
+    assert says.startswith("FP32 with recomputation: peak")
+    notebook.shot("memory_timeline_600px")
+    notebook.slider("moment").focus()
+    notebook.press("Home")
+    says = changed(picture, says)
+    assert spoken(notebook.slider("moment")) == ("moment", "start")
+    box.get_by_role("button", name="play").focus()
+    notebook.press("Space")
+    changed(picture, changed(picture, says))
+    assert picture.bounding_box() == place, "the page jumps when the picture changes"
+    assert place["x"] >= 0 and place["x"] + place["width"] <= 600
+    assert (notebook.errors, notebook.outside) == ([], [])
 
 
 def test_a_typed_text_is_routed_and_rules_are_switched_off_by_keyboard(open_notebook, one_cell):

@@ -1,8 +1,11 @@
 """What a model costs, predicted from its config alone: no tensors, no torch.
 
 Each function returns a `Ledger`: a tree of lines whose amounts add up exactly, every line with its formula, the config
-keys it used and its source. `measured` counts the same parts on live objects and shares no code with the predictions.
+keys it used and its source. `measured` counts the same parts on live objects and shares no code with the predictions;
+it is there as soon as it is asked for, and torch with it.
 """
+
+from importlib import import_module
 
 # Imported at once, and in this order: a function that shares its module's name must be what `accounting.<name>` finds.
 from .decode import decode_step, equal_ridge
@@ -22,6 +25,15 @@ __all__ = [
     "equal_ridge",
     "expected_nodes",
     "kv_cache",
+    "measure",
     "parameters",
+    "record_step",
     "weights",
 ]
+
+
+def __getattr__(name: str):
+    if name not in ("measure", "measured", "record_step"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    measured = import_module(".measured", __name__)
+    return measured if name == "measured" else getattr(measured, name)

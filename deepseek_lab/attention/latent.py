@@ -25,6 +25,7 @@ from .norm import RMSNorm
 from .rope import RotaryTable, rotate_halves, rotate_pairs, softmax_scale, turns_of_heads
 
 LATENT_EPS = 1e-6
+FEW = 4  # new tokens that read a memory absorbed; expanded attention rebuilds all of it for them
 
 
 class LatentAttention(nn.Module):
@@ -32,8 +33,8 @@ class LatentAttention(nn.Module):
 
     forward(x [batch, token, hidden], positions [token] or [batch, token], cache=None, absorb=None, hidden=None)
     -> [batch, token, hidden].
-    absorb: True or False picks the way of computing; None takes the absorbed one for a single token with a cache of
-    latents. hidden: which slots of the cache, new ones included, are padding [batch, slot]; see `masks`.
+    absorb: True or False picks the way of computing; None takes the absorbed one with a cache of latents, for a single
+    token or for a few behind others. hidden: which slots of the cache, new ones included, are padding [batch, slot]; see `masks`.
     Raises ValueError, with the cache as it was, for positions that go back, a cache of another model or batch, and
     absorb=True where the cache holds keys and values: these are rebuilt, there is no latent left to attend to.
     """
@@ -80,7 +81,8 @@ class LatentAttention(nn.Module):
                              "one model, layout and batch size, make a new one for another")  # fmt: skip
         q_nope, q_rope, memory = self._project(x, positions)
         if absorb is None:
-            absorb = cache is not None and not rebuilt and x.shape[1] == 1
+            few = x.shape[1] == 1 or (x.shape[1] <= FEW and cache is not None and cache.length > 0)
+            absorb = few and cache is not None and not rebuilt
         if rebuilt:
             k, v = self._rebuild(memory)
             memory = tuple(kept.to(x.dtype) for kept in cache.append(k.to(cache.dtype), v.to(cache.dtype)))
@@ -169,16 +171,20 @@ class LatentAttention(nn.Module):
     def _is_read_as_stored(self, x: Tensor, cache) -> bool:
         """Whether a kernel can read the memory in its eight or sixteen bits, instead of a copy made of 32.
 
-        It rounds nothing on the way, knows no gradients, and takes one float32 token.
+        It rounds nothing on the way, knows no gradients, and takes float32 tokens one by one.
         """
         narrow = isinstance(cache, Fp8LatentCache) or (isinstance(cache, LatentCache) and cache.dtype == torch.bfloat16)
-        single = x.shape[1] == 1 and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        few = x.shape[1] <= FEW and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
         rounds = type(self).round_core is not LatentAttention.round_core or hasattr(self.kv_b_proj, "policy")
-        return narrow and single and not rounds and not torch.is_grad_enabled()
+        return narrow and few and not rounds and not torch.is_grad_enabled()
 
     def _mix_by_kernel(self, q: Tensor, cache) -> Tensor:
-        """Return a latent for every head [batch, head, 1, latent] of queries [batch, head, 1, latent + rope]."""
-        body, q = body_for(q), q[:, :, 0].contiguous()
+        """Return a latent for every head [batch, head, token, latent] of queries [batch, head, token, latent + rope]."""
+        body, ends = body_for(q), range(cache.length - q.shape[2] + 1, cache.length + 1)  # each sees up to itself
+        tokens = zip((one.contiguous() for one in q.unbind(2)), ends, strict=True)
         if isinstance(cache, Fp8LatentCache):
-            return body.decode_attention_fp8(q, *cache.parts(), cache.length, self.scale)[:, :, None]
-        return body.decode_attention(q, *cache.view(), cache.length, self.scale, self.config.kv_lora_rank)[:, :, None]
+            mixed = [body.decode_attention_fp8(one, *cache.parts(), end, self.scale) for one, end in tokens]
+        else:
+            rank = self.config.kv_lora_rank
+            mixed = [body.decode_attention(one, *cache.view(), end, self.scale, rank) for one, end in tokens]
+        return torch.stack(mixed, dim=2)

@@ -40,7 +40,7 @@ def generate(
     answers are no numbers.
     """
     hidden = _padding(tokens, lengths, align)
-    max_new_tokens = _check(model, tokens, hidden, max_new_tokens, temperature, top_p)
+    max_new_tokens = check_settings(model, tokens, hidden, max_new_tokens, temperature, top_p)
     caches = model.new_caches(tokens.shape[0], tokens.shape[1] + max_new_tokens, layout)
     draw = _drawer(tokens, temperature, top_p, seed)
     steps = _steps(model, tokens, hidden, max_new_tokens, caches, draw, stream)
@@ -82,7 +82,7 @@ def _check_tokens(tokens: Tensor) -> None:
         raise ValueError(f"generate got tokens of shape {tuple(tokens.shape)}; expected [batch, token], a row per text")
 
 
-def _check(
+def check_settings(
     model: Transformer, tokens: Tensor, hidden: Tensor | None, max_new_tokens: int, temperature: float, top_p: float
 ) -> int:
     """Refuse settings of `generate` that cannot be; return the number of new tokens as a plain int."""
@@ -138,18 +138,29 @@ def sample(logits: Tensor, temperature: float, top_p: float = 1.0, generator: to
 
     Raises ValueError for logits that are no numbers.
     """
-    top = logits.amax(dim=-1, keepdim=True)
-    if not all(map(math.isfinite, top.flatten().tolist())):
-        raise ValueError("the model's logits hold nan or infinity, so no token is the likeliest; some of the model's "
-                         "weights are probably nan or huge: load them again, or train with a lower rate")  # fmt: skip
     if temperature == 0:
+        _finite_top(logits)
         return logits.argmax(dim=-1)
+    return torch.multinomial(chances(logits, temperature, top_p), 1, generator=generator).squeeze(-1)
+
+
+def chances(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+    """Return what `sample` draws from: [batch, vocab] float64, which sums to 1 once it is divided by its sum."""
     # Counted from the top, the likeliest token stays at 0 however small the temperature is.
-    below = (logits.double() - top) / max(temperature, sys.float_info.min)
+    below = (logits.double() - _finite_top(logits)) / max(temperature, sys.float_info.min)
     probabilities = below.softmax(dim=-1)
     if top_p < 1:
         ordered, index = probabilities.sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
         ordered = ordered.masked_fill(before >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    return probabilities
+
+
+def _finite_top(logits: Tensor) -> Tensor:
+    """Return each row's largest logit [batch, 1]; ValueError where there are some that are no numbers."""
+    top = logits.amax(dim=-1, keepdim=True)
+    if not all(map(math.isfinite, top.flatten().tolist())):
+        raise ValueError("the model's logits hold nan or infinity, so no token is the likeliest; some of the model's "
+                         "weights are probably nan or huge: load them again, or train with a lower rate")  # fmt: skip
+    return top

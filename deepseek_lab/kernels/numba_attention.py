@@ -226,11 +226,11 @@ def decode_attention_fp8(
     return start(q, lengths, scale, codes.shape[-1], *flat(codes), *flat(scales), *flat(rope))
 
 
-def attend_memory(q: np.ndarray, memory: np.ndarray, length: int, scale: float, latent: int) -> np.ndarray:
-    """The same for contiguous float32 arrays; their shapes are not looked at."""
-    rows, steps = memory.reshape(-1), (memory.shape[1] * memory.shape[2], memory.shape[2])
+def attend_memory(q: np.ndarray, memory: np.ndarray, lengths: np.ndarray, scale: float, latent: int) -> np.ndarray:
+    """The same for contiguous float32 arrays, whose shapes are not looked at; a memory of one text serves all of q."""
+    rows, steps = memory.reshape(-1), (memory.shape[1] * memory.shape[2] if len(memory) > 1 else 0, memory.shape[2])
     out = np.empty((*q.shape[:2], latent), np.float32)
-    attend(q, np.full(len(q), length), np.float32(scale), rows, steps, NONE, (0, 0), rows[latent:], steps, out)
+    attend(q, lengths, np.float32(scale), rows, steps, NONE, (0, 0), rows[latent:], steps, out)
     return out
 
 

@@ -17,8 +17,18 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..precision import BLOCK, BlockScaled, quantize_blocks
 from .files import json_writer, write_whole
-from .headers import INDEX, SCALE_SUFFIX, SINGLE, check_names, check_quantization, check_sizes, headers, opened
-from .layout import check_whole, published_layout
+from .headers import (
+    INDEX,
+    SCALE_SUFFIX,
+    SINGLE,
+    check_names,
+    check_quantization,
+    check_sizes,
+    headers,
+    opened,
+    without_lost_modules,
+)
+from .layout import check_whole, published_copies, published_layout
 from .transformer import Transformer
 
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -29,8 +39,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m
 def load_hf(directory: str | Path, dtype: torch.dtype | str = torch.float32) -> Transformer:
     """Return the model stored in a directory, in `dtype`, in evaluation mode.
 
-    FP8 tensors are multiplied by their `weight_scale_inv` blocks. Tensors of multi-token prediction modules are passed
-    over. Raises ValueError, naming file and tensor, for a missing config, an unknown architecture or quantisation, a
+    FP8 tensors are multiplied by their `weight_scale_inv` blocks. The embedding and the head that files repeat for
+    every prediction module must be the model's own; where a config names modules and the files hold none, the model has
+    none. Raises ValueError, naming file and tensor, for a missing config, an unknown architecture or quantisation, a
     missing, extra or misshapen tensor, a damaged file, or a pickle.
     """
     dtype = DTYPES.get(dtype, dtype)
@@ -42,6 +53,7 @@ def load_hf(directory: str | Path, dtype: torch.dtype | str = torch.float32) -> 
     config = ModelConfig.from_hf(directory)
     check_quantization(directory)
     found = headers(directory)
+    config = without_lost_modules(config, found)
     check_sizes(directory, config, found)
     places = published_layout(config)
     check_names(directory, config, places, found)
@@ -55,6 +67,7 @@ def load_hf(directory: str | Path, dtype: torch.dtype | str = torch.float32) -> 
                     state[place.name][place.index] = _read(tensors, name, found)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["embed_tokens.weight"]
+    _check_copies(config, state, found, dtype)
     model.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
@@ -86,7 +99,6 @@ def save_hf(model: Transformer, directory: str | Path, dtype: str = "fp32", max_
     if dtype == "fp8":
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
                                          "weight_block_size": [BLOCK, BLOCK]}  # fmt: skip
-    config["num_nextn_predict_layers"] = 0  # this model has no prediction module to save
     writers = {
         name: lambda path, tensors=tensors: save_file(tensors, path, metadata={"format": "pt"})
         for name, tensors in zip(names, shards, strict=True)
@@ -115,6 +127,16 @@ def _read(tensors, name: str, found: dict) -> Tensor:
         return BlockScaled(tensor, other.get_tensor(name + SCALE_SUFFIX)).dequantize()
 
 
+def _check_copies(config: ModelConfig, state: dict[str, Tensor], found: dict, dtype: torch.dtype) -> None:
+    """Refuse files whose prediction modules have an embedding or a head of their own: here they share the model's."""
+    for name, own in published_copies(config).items():
+        if name in found:
+            with opened(found[name][0]) as tensors:
+                if not torch.equal(_read(tensors, name, found).to(dtype), state[own]):
+                    raise ValueError(f"{found[name][0]}: tensor {name} differs from {own}, of which it should be a "
+                                     "copy; a module with a table of its own is not supported")  # fmt: skip
+
+
 def _kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith("e_score_correction_bias") else dtype
 
@@ -133,5 +155,12 @@ def _published_tensors(model: Transformer, dtype: str) -> Iterator[dict[str, Ten
             except ValueError as error:
                 raise ValueError(f"tensor {name} cannot be saved as FP8: {error}") from error
         else:
-            kind = torch.bfloat16 if dtype == "fp8" else DTYPES[dtype]
-            yield {name: tensor.to(_kept_dtype(name, kind)).contiguous().clone()}
+            yield {name: _stored(tensor, name, dtype)}
+    for name, own in published_copies(model.config).items():
+        yield {name: _stored(state[own].detach(), name, dtype)}
+
+
+def _stored(tensor: Tensor, name: str, dtype: str) -> Tensor:
+    """A copy that may be written to a file: in BF16 for "fp8"."""
+    kind = torch.bfloat16 if dtype == "fp8" else DTYPES[dtype]
+    return tensor.to(_kept_dtype(name, kind)).contiguous().clone()

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import ModelConfig
 from ..precision import BLOCK
-from .layout import Place, is_skipped
+from .layout import Place, is_skipped, module_prefixes, published_copies
 
 SCALE_SUFFIX = "_scale_inv"
 INDEX = "model.safetensors.index.json"
@@ -75,9 +75,15 @@ def headers(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
     return found
 
 
+def without_lost_modules(config: ModelConfig, found: dict) -> ModelConfig:
+    """Return the config of what is there: models saved by others often still name modules that were left out."""
+    first = module_prefixes(config.replace(num_nextn_predict_layers=1))[0]
+    return config if any(name.startswith(first) for name in found) else config.replace(num_nextn_predict_layers=0)
+
+
 def check_sizes(directory: Path, config: ModelConfig, found: dict) -> None:
     """Refuse a config of more layers or experts than there are tensors, before a model of that size is laid out."""
-    for name in ("num_hidden_layers", "n_routed_experts"):
+    for name in ("num_hidden_layers", "n_routed_experts", "num_nextn_predict_layers"):
         if (getattr(config, name) or 0) > len(found):
             raise ValueError(f"{directory / 'config.json'}: {name}={getattr(config, name)} but the files hold "
                              f"{len(found)} tensors; a shard is missing, or they do not belong together")  # fmt: skip
@@ -107,8 +113,9 @@ def check_names(directory: Path, config: ModelConfig, places: dict[str, Place], 
             _check_scales(scale, shape, *found[scale])
         if kind not in ("F8_E4M3", "F32", "BF16", "F16", "F64"):
             raise ValueError(f"{file}: tensor {name} has dtype {kind}; expected F32, BF16, F16 or F8_E4M3")
-    scales = {name + SCALE_SUFFIX for name in places if found[name][2] == "F8_E4M3"}
-    extra = sorted(name for name in found if name not in places and name not in scales and not is_skipped(name, config))
+    known = {name + SCALE_SUFFIX for name in places if found[name][2] == "F8_E4M3"}
+    known |= places.keys() | {n for n in published_copies(config) if n in found and found[n][2] != "F8_E4M3"}
+    extra = sorted(name for name in found if name not in known and not is_skipped(name))
     if extra:
         raise ValueError(f"{found[extra[0]][0]}: tensor {extra[0]} is not part of this config"
                          f"{f' (nor are {len(extra) - 1} more)' if len(extra) > 1 else ''}")  # fmt: skip

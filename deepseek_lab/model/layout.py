@@ -1,7 +1,8 @@
 """Where every tensor of a published checkpoint belongs in this library's model.
 
-Published files keep each expert's matrices apart; here the experts are stacked. Everything else has the same name,
-behind the prefix "model.". This one table serves reading, writing and their checks.
+Published files keep each expert's matrices apart; here the experts are stacked. Prediction modules stand there behind
+the last layer, as layers of further numbers. Everything else has the same name, behind the prefix "model.". This one
+table serves reading, writing and their checks.
 """
 
 from __future__ import annotations
@@ -35,14 +36,32 @@ def published_layout(config: ModelConfig) -> dict[str, Place]:
         elif name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
             places.update(_expert_places(name, tuple(tensor.shape), config))
         else:
-            places["model." + name] = Place(
-                name, (), tuple(tensor.shape), name.endswith("_proj.weight") or "_mqa." in name
-            )
+            narrow = name.endswith(("_proj.weight", "_mqa.weight")) and not name.endswith("eh_proj.weight")
+            places[_published(name, config)] = Place(name, (), tuple(tensor.shape), narrow)
     return places
 
 
+def published_copies(config: ModelConfig) -> dict[str, str]:
+    """Return {published name: name in our state dict} of what files repeat for each prediction module."""
+    copies = {"embed_tokens.weight": "embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    return {prefix + name: own for prefix in module_prefixes(config) for name, own in copies.items()}
+
+
+def module_prefixes(config: ModelConfig) -> list[str]:
+    """Return how the published names of each prediction module's tensors begin."""
+    return [f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers)]
+
+
+def _published(name: str, config: ModelConfig) -> str:
+    """The published name for one in our state dict."""
+    if not name.startswith("multi_token."):
+        return "model." + name
+    _, index, rest = name.split(".", 2)
+    return module_prefixes(config)[int(index)] + rest
+
+
 def _expert_places(name: str, shape: tuple[int, ...], config: ModelConfig):
-    prefix, kind = name.rsplit(".", 1)
+    prefix, kind = _published(name, config).rsplit(".", 1)
     width = config.moe_intermediate_size
     if kind == "down_proj":
         parts = {"down_proj": slice(None)}
@@ -51,7 +70,7 @@ def _expert_places(name: str, shape: tuple[int, ...], config: ModelConfig):
     for expert in range(shape[0]):
         for part, rows in parts.items():
             size = (shape[1] if kind == "down_proj" else width, shape[2])
-            yield f"model.{prefix}.{expert}.{part}.weight", Place(name, (expert, rows), size, True)
+            yield f"{prefix}.{expert}.{part}.weight", Place(name, (expert, rows), size, True)
 
 
 def check_whole(model: Transformer) -> None:
@@ -68,7 +87,6 @@ def check_whole(model: Transformer) -> None:
                          "tie_word_embeddings=False) to keep both")  # fmt: skip
 
 
-def is_skipped(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is known but not part of this model: prediction modules, or stored rope frequencies."""
-    modules = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
-    return name.endswith("rotary_emb.inv_freq") or any(name.startswith(f"model.layers.{i}.") for i in modules)
+def is_skipped(name: str) -> bool:
+    """Whether a tensor is known but not part of a model: stored rope frequencies."""
+    return name.endswith("rotary_emb.inv_freq")

@@ -41,7 +41,7 @@ def apply_policy(model: nn.Module, policy: PrecisionPolicy) -> nn.Module:
                          f"{', '.join(kind.__name__ for kind in NARROW)}")  # fmt: skip
     for name, module in known:
         wide = kinds[type(module)]
-        place = "head" if name.rpartition(".")[2] == "lm_head" else PLACE.get(wide)
+        place = "head" if name.rpartition(".")[2] in HEADS else PLACE.get(wide)
         if policy.products == "fp32" or place in policy.wide:
             module.__class__ = wide
             vars(module).pop("policy", None)
@@ -108,7 +108,7 @@ class _GroupedProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weights: Tensor, ends: Tensor, policy: PrecisionPolicy) -> Tensor:
-        kept = narrow.narrow(x, "tile", policy), narrow.narrow(weights.flatten(0, 1), "block", policy)
+        kept = narrow.narrow(x, "tile", policy), narrow.narrow_weight(weights.flatten(0, 1), "block", policy)
         narrow.keep(ctx, *kept)
         ctx.policy, ctx.ends, ctx.shape, ctx.dtypes = policy, ends, weights.shape, (x.dtype, weights.dtype)
         wide = narrow.wide(kept[0]), narrow.wide(kept[1]).view(weights.shape)
@@ -154,6 +154,7 @@ NARROW = {
     GroupedAttention: NarrowGroupedAttention,
     Experts: NarrowExperts,
 }
+HEADS = ("lm_head", "eh_proj")  # in the released files the projection of a prediction module is as wide as the head
 PLACE = {
     nn.Embedding: "embedding",
     RMSNorm: "norms",

@@ -5,30 +5,19 @@ Module names are those of the published checkpoints, so `layers.3.self_attn.kv_b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 
-from ..attention import GroupedAttention, LatentAttention, RMSNorm
+from ..attention import RMSNorm
 from ..attention.layouts import new_cache
 from ..attention.masks import cached_padding, check_hidden, text_positions, uneven
 from ..config import ModelConfig
-from ..experts import ExpertLayer, SwiGLU
-
-
-class Layer(nn.Module):
-    """One pre-norm block: x += attention(norm(x)); x += feed_forward(norm(x))."""
-
-    def __init__(self, config: ModelConfig, index: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LatentAttention(config) if config.uses_latent_attention else GroupedAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        has_experts = index >= config.num_dense_layers
-        self.mlp = ExpertLayer(config) if has_experts else SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x: Tensor, positions: Tensor, cache=None, hidden: Tensor | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), positions, cache, hidden=hidden)
-        return x + self.mlp(self.post_attention_layernorm(x))
+from ..experts import ExpertLayer
+from .layer import Layer
+from .multi_token import MultiTokenModule
+from .recompute import NOTHING, after_norm, checked
 
 
 class Transformer(nn.Module):
@@ -38,7 +27,10 @@ class Transformer(nn.Module):
     layer, from `new_caches`), tokens continue what the caches hold; one that does not take them raises, and all are
     left as they were. hidden [batch, slot] bool: which slots, cached ones included, are padding between texts of
     different lengths; each text then gets the positions and logits that it has alone.
-    Weights start normal with `config.initializer_range`.
+    `model.recompute = {"norms", "up-projections", "swiglu"}`, or some of them, makes gradients cost less memory and
+    more time; gradients and logits stay the same, bit for bit.
+    `multi_token` holds the modules that predict further tokens, `config.num_nextn_predict_layers` of them; the model
+    itself does not use them. Weights start normal with `config.initializer_range`, the same with modules or without.
     Raises ValueError for tokens of the wrong shape, dtype or range, or a sequence longer than the model's positions.
     """
 
@@ -49,15 +41,29 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        _fill(self, config.initializer_range)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        first, count = config.num_hidden_layers, config.num_nextn_predict_layers
+        self.multi_token = nn.ModuleList(MultiTokenModule(config, first + k) for k in range(count))
+        _fill(self.multi_token, config.initializer_range)
+        self.recompute = NOTHING
 
     def forward(self, tokens: Tensor, caches: list | None = None, hidden: Tensor | None = None) -> Tensor:
+        recompute = NOTHING if caches else self.recompute
+        return self._run(tokens, caches, hidden, lambda x: after_norm(self.norm, self.lm_head, x, recompute))
+
+    def read(self, tokens: Tensor, caches: list | None = None, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the logits, and the normalised states [batch, token, hidden] that the head made them from."""
+
+        def both(x: Tensor) -> tuple[Tensor, Tensor]:
+            states = self.norm(x)
+            return self.lm_head(states), states
+
+        return self._run(tokens, caches, hidden, both)
+
+    def _run(self, tokens: Tensor, caches: list | None, hidden: Tensor | None, finish: Callable):
+        """Return what `finish` makes of the last layer's output."""
         start = self._start(caches)
         if hidden is None and caches and tokens.dim() == 2:
             hidden = cached_padding(caches[0], tokens.shape[1])
@@ -66,20 +72,38 @@ class Transformer(nn.Module):
         try:
             for index, layer in enumerate(self.layers):
                 x = layer(x, positions, caches[index] if caches else None, hidden)
-            return self.lm_head(self.norm(x))
+            return finish(x)
         except BaseException:  # no layer keeps tokens that another one has not read
             for cache in caches or ():
                 cache.truncate(start)
             raise
 
-    def new_caches(self, batch: int = 1, capacity: int = 64, layout: str | None = None) -> list:
-        """Return one empty cache per layer, on the model's device and in its dtype; layouts: see `new_cache`."""
-        like = self.embed_tokens.weight
-        return [new_cache(self.config, batch, capacity, like.dtype, like.device, layout) for _ in self.layers]
+    @property
+    def recompute(self) -> frozenset[str]:
+        """What is computed again in the backward pass instead of being kept for it: names of `RECOMPUTABLE`."""
+        return self._recompute
 
-    def expert_layers(self) -> list[ExpertLayer]:
-        """Return the mixture-of-experts layers, from the first to the last."""
-        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, ExpertLayer)]
+    @recompute.setter
+    def recompute(self, names: Iterable[str]) -> None:
+        self._recompute = checked(names)
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.recompute = self._recompute
+
+    def new_caches(
+        self, batch: int = 1, capacity: int = 64, layout: str | None = None, multi_token: bool = False
+    ) -> list:
+        """Return one empty cache per layer, on the model's device and in its dtype; layouts: see `new_cache`.
+
+        multi_token: one per prediction module instead.
+        """
+        like, owners = self.embed_tokens.weight, self.multi_token if multi_token else self.layers
+        return [new_cache(self.config, batch, capacity, like.dtype, like.device, layout) for _ in owners]
+
+    def expert_layers(self, multi_token: bool = False) -> list[ExpertLayer]:
+        """Return the mixture-of-experts layers, from the first to the last; multi_token: those of the modules too."""
+        layers = [*self.layers, *self.multi_token] if multi_token else self.layers
+        return [layer.mlp for layer in layers if isinstance(layer.mlp, ExpertLayer)]
 
     def _start(self, caches: list | None) -> int:
         """Refuse caches that do not belong together; return how many tokens they hold."""
@@ -115,3 +139,12 @@ class Transformer(nn.Module):
             raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary 0..{c.vocab_size - 1}; was "
                              "the text encoded with this model's tokenizer?")  # fmt: skip
         return positions
+
+
+def _fill(part: nn.Module, deviation: float) -> None:
+    """Start matrices normal and biases at zero."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=deviation)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "outliers": ["error_against_outlier", "outlier_explorer"],
         "style": ["INK", "PALETTE", "use_style"],
         "memory": ["memory_bar"],
+        "memory_timeline": ["memory_timeline"],
         "paged": ["paged_cache"],
         "parts": ["cache_growth", "parts_bar"],
         "replay": ["training_replay"],

@@ -68,7 +68,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, policy: PrecisionPolicy) -> Tensor:
-        kept = narrow(x, policy.activations, policy), narrow(weight, policy.weights, policy)
+        kept = narrow(x, policy.activations, policy), narrow_weight(weight, policy.weights, policy)
         keep(ctx, *kept)
         ctx.policy, ctx.dtypes = policy, (x.dtype, weight.dtype)
         return output_product(*kept, policy).to(x.dtype)
@@ -118,6 +118,14 @@ def narrow(x: Tensor, kind: str, policy: PrecisionPolicy) -> Narrow:
     if policy.products == "bf16":
         return x.bfloat16()
     return quantize(x, shared_by(x, kind), policy.scale, nonfinite="pass")
+
+
+def narrow_weight(weight: Tensor, kind: str, policy: PrecisionPolicy) -> Narrow:
+    """Return weights as `narrow` does, marked as their copy for whoever counts what is kept."""
+    copy = narrow(weight, kind, policy)
+    for part in (copy.codes, copy.scales) if isinstance(copy, BlockScaled) else (copy,):
+        part.copies_weights = True
+    return copy
 
 
 def shared_by(x: Tensor, kind: str) -> tuple[int, int]:

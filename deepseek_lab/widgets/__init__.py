@@ -8,6 +8,7 @@ from .base import PictureWidget
 from .bit_explorer import BitExplorer, bit_explorer
 from .cache_race import cache_race
 from .memory_bar import MemoryBar, memory_bar
+from .memory_timeline import memory_timeline
 from .outlier_explorer import outlier_explorer
 from .paged_cache import paged_cache
 from .token_router import TokenRouter, token_router
@@ -25,6 +26,7 @@ __all__ = [
     "bit_explorer",
     "cache_race",
     "memory_bar",
+    "memory_timeline",
     "outlier_explorer",
     "paged_cache",
     "token_router",

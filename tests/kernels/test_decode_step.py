@@ -1,7 +1,9 @@
 """A token written by compiled kernels is the token that the model itself would write."""
 
 import copy
+import hashlib
 import os
+import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,8 +14,10 @@ import torch
 from torch import nn
 
 import deepseek_lab as lab
+from deepseek_lab import generation
 from deepseek_lab.generation import generate, step
 from deepseek_lab.generation.step import CompiledStep, ModelStep, decode_step
+from deepseek_lab.kernels import numba_decode, numba_rows
 
 YARN = lab.RopeScaling("yarn", 4.0, 16, 32.0, 1.0, 0.707, 1.0)
 V3 = lab.ModelConfig(
@@ -34,6 +38,7 @@ CONFIGS = {
     "v3 without experts": V3.replace(n_routed_experts=None, n_shared_experts=0, num_experts_per_tok=0),
     "yarn with mscale": V3.replace(rope_scaling=YARN),
     "tied embeddings": V3.replace(tie_word_embeddings=True),
+    "with modules": V3.replace(num_nextn_predict_layers=2),
     "v2 with groups": V2,
     "v2-lite": V2.replace(q_lora_rank=None, topk_method="greedy", n_group=1, topk_group=1),
 }  # fmt: skip
@@ -85,6 +90,40 @@ def test_logits_and_chosen_experts_are_the_models_for_forty_tokens(name, batch):
     for ours, theirs in zip(*caches, strict=True):
         assert (ours.length, ours.allocated_nbytes) == (theirs.length, theirs.allocated_nbytes)
         assert references.difference(ours.view()[0], theirs.view()[0]) < bound(model.config)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_read_together_have_every_bit_of_tokens_read_one_by_one(name, count):
+    model, tokens = filled(CONFIGS[name]), references.token_ids(1, 20)
+    fast, slow = decode_step(model, 1), ModelStep(model)
+    together, alone, torchs = (model.new_caches(1, capacity=3) for _ in range(3))
+    for part in tokens.split(count, dim=1):
+        logits, states = fast.read(part, together)
+        single = [fast.read(token, alone) for token in part.split(1, dim=1)]
+        assert torch.equal(logits, torch.cat([each[0] for each in single], dim=1))
+        assert torch.equal(states, torch.cat([each[1] for each in single], dim=1))
+        for got, expected in zip((logits, states), slow.read(part, torchs), strict=True):
+            assert references.difference(got, expected) < bound(model.config)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert torch.equal(ours.view()[0], theirs.view()[0])
+    with pytest.raises(ValueError, match="expected one of each text"):
+        fast.read(references.token_ids(2, 2), model.new_caches(2))
+
+
+def test_modules_read_on_as_the_models_own_do():
+    model, tokens = filled(CONFIGS["with modules"]), references.token_ids(1, 30)
+    fast, slow = decode_step(model, 1), ModelStep(model)
+    states = torch.randn(1, 30, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (model.new_caches(1, multi_token=True) for _ in range(2))
+    for start, end in ((0, 1), (1, 4), (4, 6), (6, 9)):
+        before = slow_before = states[:, start:end]
+        for index in range(2):
+            got, before = fast.draft(index, before, tokens[:, start:end], ours[index])
+            expected, slow_before = slow.draft(index, slow_before, tokens[:, start:end], theirs[index])
+            assert references.difference(got, expected) < bound(model.config)
+            assert references.difference(before[:, -1:], slow_before[:, -1:]) < bound(model.config)
+            assert references.difference(ours[index].view()[0], theirs[index].view()[0]) < bound(model.config)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -296,10 +335,18 @@ def test_compiling_ahead_leaves_nothing_to_compile(tmp_path):
     for name in ("v3 with groups", "v2-lite", "v3 without shared experts"):
         model = filled(CONFIGS[name])
         decode_step(model, 3)(torch.tensor([1, 2, 3]), model.new_caches(3))
-    for name in ("absorb", "add_values", "dense", "experts", "logits"):
+    model = filled(CONFIGS["with modules"])
+    generation.speculate(model, references.token_ids(1, 5), 9)
+    for name in ("absorb", "add_values", "dense", "experts", "join", "logits"):
         assert len(getattr(kernels, name).signatures) == 1
-    assert len(list(tmp_path.rglob("numba_decode.*.nbc"))) == 5
+    assert len(list(tmp_path.rglob("numba_decode.*.nbc"))) == 6
     assert len(list(tmp_path.rglob("numba_product.multiply-*.nbc"))) == 1
+
+
+def test_the_kernels_are_compiled_anew_when_what_they_call_has_changed():
+    """Numba's cache looks at the file of a kernel alone, so that file names the hash of the one it imports."""
+    source = pathlib.Path(numba_rows.__file__).read_bytes()
+    assert hashlib.sha256(source).hexdigest().startswith(numba_decode.NUMBA_ROWS), "put the new hash in numba_decode.py"
 
 
 def test_importing_the_model_and_generation_does_not_import_numba():
