@@ -21,8 +21,8 @@ from ..model.layer import Layer
 from ..model.multi_token import MultiTokenModule
 from .arrays import Arrays, Unsupported, expect
 
-# The kernels read a weight once for two rows of the batch, torch's matrix products once per batch. When they read it once
-# per row, they were faster up to 64 rows of 256 values, 16 of 512 and 4 of 1024: one thread, proportions of "tiny".
+# The kernels read a weight once for two rows of the batch, torch's matrix products once per batch. When they still read
+# it once per row, they were faster up to 64 rows of 256 values, 16 of 512 and 4 of 1024, on one thread.
 LARGEST_WORK = 64 * 256**2  # rows * hidden_size ** 2
 
 

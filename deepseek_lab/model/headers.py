@@ -77,8 +77,8 @@ def headers(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
 
 def without_lost_modules(config: ModelConfig, found: dict) -> ModelConfig:
     """Return the config of what is there: models saved by others often still name modules that were left out."""
-    first = module_prefixes(config.replace(num_nextn_predict_layers=1))[0]
-    return config if any(name.startswith(first) for name in found) else config.replace(num_nextn_predict_layers=0)
+    held = any(name.startswith(prefix) for prefix in module_prefixes(config, 1) for name in found)
+    return config if held else config.replace(num_nextn_predict_layers=0)
 
 
 def check_sizes(directory: Path, config: ModelConfig, found: dict) -> None:

@@ -20,7 +20,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = LatentAttention(config) if config.uses_latent_attention else GroupedAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        has_experts = index >= config.num_dense_layers
+        has_experts = bool(config.n_routed_experts) and index >= config.num_dense_layers
         self.mlp = ExpertLayer(config) if has_experts else SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, positions: Tensor, cache=None, hidden: Tensor | None = None) -> Tensor:

@@ -47,9 +47,10 @@ def published_copies(config: ModelConfig) -> dict[str, str]:
     return {prefix + name: own for prefix in module_prefixes(config) for name, own in copies.items()}
 
 
-def module_prefixes(config: ModelConfig) -> list[str]:
-    """Return how the published names of each prediction module's tensors begin."""
-    return [f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers)]
+def module_prefixes(config: ModelConfig, most: int | None = None) -> list[str]:
+    """Return how the published names of each prediction module's tensors begin; of `most` modules at most."""
+    count = config.num_nextn_predict_layers if most is None else min(most, config.num_nextn_predict_layers)
+    return [f"model.layers.{config.num_hidden_layers + k}." for k in range(count)]
 
 
 def _published(name: str, config: ModelConfig) -> str:

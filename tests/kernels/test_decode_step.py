@@ -363,7 +363,7 @@ sys.path[:0] = {[os.path.dirname(here), here]!r}
 import numpy as np, torch, test_decode_step as t
 from deepseek_lab.kernels import body
 try:
-    body().logits(np.ones((1, 2), np.float32), np.ones(1, np.float32), 1e-6, np.ones((3, 2), np.float32))
+    body().logits(np.ones((1, 1), np.float32), np.ones(2, np.float32), 1e-6, np.ones((3, 2), np.float32))
     print("no bounds check")
 except IndexError:
     for name in ("v3 with groups", "v2-lite"):

@@ -144,21 +144,20 @@ def test_the_published_implementation_reads_our_files(kind, dtype, tmp_path):
         assert difference(load_hf(tmp_path / "ours")(tokens), published_logits(reference, tokens)) < 1e-5
 
 
-def test_the_modules_for_further_tokens_are_passed_over(tmp_path):
-    config = SMALL.replace(num_nextn_predict_layers=1)
-    model = model_of(config)
+def test_a_config_may_name_modules_that_the_files_do_not_hold(tmp_path):
+    model = model_of(SMALL)
     save_hf(model, tmp_path)
-    assert load_hf(tmp_path).config.num_nextn_predict_layers == 0  # none was saved, and the file says so
     file, settings = tmp_path / "model.safetensors", tmp_path / "config.json"
-    extra = {
-        "model.layers.2.eh_proj.weight": torch.ones(3, 4),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-    }
-    save_file({**load_file(file), **extra}, file)
-    with pytest.raises(ValueError, match=r"model\.layers\.2\.eh_proj\.weight is not part of this config"):
-        load_hf(tmp_path)
+    save_file({**load_file(file), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "num_nextn_predict_layers": 1}))
     assert same(load_hf(tmp_path), model)
+    assert load_hf(tmp_path).config.num_nextn_predict_layers == 0
+    save_file({**load_file(file), "model.layers.2.eh_proj.weight": torch.ones(3, 4)}, file)
+    with pytest.raises(ValueError, match=r"tensor model\.layers\.2\.\S+ \[.*\] is missing"):
+        load_hf(tmp_path)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "num_nextn_predict_layers": 0}))
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.eh_proj\.weight is not part of this config"):
+        load_hf(tmp_path)
 
 
 def test_saving_again_leaves_no_stale_shards(tmp_path):
