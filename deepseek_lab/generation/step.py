@@ -168,7 +168,7 @@ class CompiledStep:
     def _expert_arrays(self, mlp: ExpertLayer) -> tuple[np.ndarray, ...]:
         router, stack = _expect(mlp.gate, Router), _expect(mlp.experts, Experts)
         c = self._model.config
-        if router.config != c:
+        if router.config != c or (mlp.training and mlp.capacity_factor is not None):
             raise Unsupported
         n, d, width = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
         gate, bias = self._array(router.weight, n, d), np.zeros(n, np.float32)
