@@ -190,7 +190,8 @@ def four_steps(file, capacity=None, **settings):
     for _ in range(4):
         losses.append(next(run).loss)
     run.close()
-    return losses + [r.loss for r in train(holding(capacity, seed=9), batches(), recipe(**settings), checkpoint=file, resume=True)]
+    rest = train(holding(capacity, seed=9), batches(), recipe(**settings), checkpoint=file, resume=True)
+    return losses + [r.loss for r in rest]
 
 
 @pytest.mark.parametrize("settings", [
