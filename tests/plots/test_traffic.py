@@ -2,7 +2,6 @@
 
 import itertools
 
-import matplotlib
 import pytest
 import torch
 from matplotlib import pyplot as plt
@@ -32,13 +31,6 @@ def large(tokens):
 
 
 LAYERS = traced()
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    with matplotlib.rc_context():
-        yield
-    plt.close("all")
 
 
 def named(sheet, kind):
