@@ -324,8 +324,8 @@ def caches(open_notebook, one_cell):
     [
         ("cache-race", ("tokens", "batch")),
         ("absorption-explorer", ("context", "batch", "heads", "latent")),
-        ("paged-cache", ("operation",)),
         ("balance-theatre", ("step", "run")),
+        ("paged-cache", ("operation",)),
     ],
 )
 def test_the_pictures_of_caches_follow_their_sliders_by_keyboard(caches, widget, sliders):
@@ -345,7 +345,7 @@ def test_the_pictures_of_caches_follow_their_sliders_by_keyboard(caches, widget,
 
 
 @pytest.mark.parametrize(
-    ("widget", "slider"), [("cache-race", "tokens"), ("paged-cache", "operation"), ("balance-theatre", "step")]
+    ("widget", "slider"), [("cache-race", "tokens"), ("balance-theatre", "step"), ("paged-cache", "operation")]
 )
 def test_a_picture_is_played_and_stopped_by_keyboard(caches, widget, slider):
     box = caches.page.locator(f".{widget}")

@@ -28,7 +28,7 @@ def expected_nodes(experts: int, nodes: int, choices: int) -> float:
         raise ValueError(f"expected_nodes got experts={experts}, nodes={nodes}, choices={choices}; choose nodes that "
                          "divide the experts, and no more choices than experts")  # fmt: skip
     missed = math.comb(experts - experts // nodes, choices) / math.comb(experts, choices)
-    return nodes * (1 - missed)
+    return min(nodes * (1 - missed), float(choices))  # which rounding may exceed
 
 
 def dispatch_bytes(config: ModelConfig, nodes: float | None = None) -> Ledger:

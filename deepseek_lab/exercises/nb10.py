@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import comb
 
-from . import Exercise, Slip, close, same_letter, same_number
+from . import Exercise, Slip, close, same_number
 
 
 def _numbers(answer) -> list[float]:
@@ -101,7 +101,7 @@ EXERCISES = {
         todo='Which check fails for the leak, which for the loss, which for the sign? Three letters, as in "abc".',
         solution="bca",
         praise="The leak trains and balances like the right one: only the output of one token gives it away.",
-        agrees=same_letter,
+        agrees=lambda given, wanted: "".join(filter(str.isalpha, str(given).lower())) == wanted,
         slips=(
             Slip("cba", "The loss that is never added plays no part in check b, which trains nothing."),
             Slip("acb", "The leak balances perfectly well: biases still choose. What do they do besides?"),

@@ -84,6 +84,7 @@ def communication_loss(scores: Tensor, experts: Tensor, devices: int, limit: int
     _check_devices(scores, devices)
     if not 1 <= limit <= devices:
         raise ValueError(f"communication_loss got limit={limit}; a token goes to between 1 and {devices} devices")
+    _check_tokens(scores, experts)
     device = experts // (scores.shape[-1] // devices)
     sent = scores.new_zeros(*scores.shape[:-1], devices).scatter_(-1, device, 1.0)
     frequency = sent.mean(-2) * (devices / limit)
@@ -92,9 +93,7 @@ def communication_loss(scores: Tensor, experts: Tensor, devices: int, limit: int
 
 def _frequency(scores: Tensor, experts: Tensor) -> Tensor:
     """f: [..., expert], how often each was chosen, in units of the fair share."""
-    if scores.dim() < 2 or scores.shape[:-1] != experts.shape[:-1] or not scores.numel():
-        raise ValueError(f"a balance loss got scores {tuple(scores.shape)} and experts {tuple(experts.shape)}; "
-                         "expected [..., token, expert] and [..., token, choice] of the same tokens")  # fmt: skip
+    _check_tokens(scores, experts)
     count, (tokens, choices) = scores.shape[-1], experts.shape[-2:]
     chosen = experts.flatten(-2)
     ones = torch.ones_like(chosen, dtype=scores.dtype)
@@ -105,6 +104,12 @@ def _frequency(scores: Tensor, experts: Tensor) -> Tensor:
 def _probability(scores: Tensor) -> Tensor:
     """P: [..., expert], the mean share of each expert in its tokens' scores."""
     return (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(-2)
+
+
+def _check_tokens(scores: Tensor, experts: Tensor) -> None:
+    if scores.dim() < 2 or scores.shape[:-1] != experts.shape[:-1] or not scores.numel():
+        raise ValueError(f"a balance loss got scores {tuple(scores.shape)} and experts {tuple(experts.shape)}; "
+                         "expected [..., token, expert] and [..., token, choice] of the same tokens")  # fmt: skip
 
 
 def _check_devices(scores: Tensor, devices: int) -> None:
@@ -125,7 +130,7 @@ def max_violation(load: Tensor) -> float:
 
 def global_violation(loads: Iterable[Tensor]) -> float:
     """MaxVio of a whole validation set: the loads [expert] of its batches are added first."""
-    return max_violation(torch.stack(list(loads)).sum(0))
+    return max_violation(sum(loads, torch.zeros(1, dtype=torch.int64)))
 
 
 def _violations(load: Tensor) -> Tensor:
@@ -152,8 +157,9 @@ class LoadHistory:
     def of(cls, records: Iterable) -> LoadHistory:
         """Collect the `load` and the `bias` of training's `StepRecord`s, in their order."""
         records = list(records)
-        if not records:
-            raise ValueError("LoadHistory.of got no records; give those of at least one step")
+        if len({(r.load.shape, r.bias.shape) for r in records}) != 1:
+            got = "records of different models" if records else "no records"
+            raise ValueError(f"LoadHistory.of got {got}; give those of one run, at least one step")
         return cls(torch.stack([r.load for r in records]), torch.stack([r.bias for r in records]))
 
     @property

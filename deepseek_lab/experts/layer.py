@@ -106,12 +106,14 @@ class ExpertLayer(nn.Module):
         return torch.bincount(self._chosen.flatten(), minlength=len(self.experts.down_proj))
 
     def _routed(self, x: Tensor, routing: Routing) -> Tensor:
-        experts, weights = routing.experts, routing.weights.to(x.dtype)
-        self._chosen, self.dropped = experts, 0
+        experts, place = routing.experts.sort(dim=-1)  # answers add up in this order, whatever the bias says
+        routing = Routing(experts, routing.weights.gather(1, place), routing.scores)
+        weights = routing.weights.to(wide(x.dtype))
+        self._chosen, self.dropped, gone = experts, 0, 0
         count, choices = len(self.experts.down_proj), experts.shape[1]
         if self.training and self.capacity_factor is not None:
             dropped = over_capacity(routing, self.gate.config.n_group, self.capacity_factor)
-            self.dropped = int(dropped.sum())
+            self.dropped = gone = int(dropped.sum())
             experts = experts.masked_fill(dropped, count)  # sorted behind the last expert
         elif self.experts.reads_few and experts.numel() <= self.FEW and not torch.is_grad_enabled():
             return self.experts.forward_few(x, experts, weights)
@@ -119,12 +121,11 @@ class ExpertLayer(nn.Module):
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         sent = Dispatch.apply(x, order, back, choices)
-        if self.dropped:
-            kept = torch.bincount(experts.flatten(), minlength=count)[:count]
-            answers = F.pad(self.experts(sent[: -self.dropped], kept), (0, 0, 0, self.dropped))  # theirs are zeros
-        else:
-            answers = self.experts(sent, self.load)
-        return Combine.apply(answers, weights.to(wide(weights.dtype)), order, back)
+        kept = torch.bincount(experts.flatten(), minlength=count)[:count]  # not `load`: a second thread may be in here
+        answers = self.experts(sent[: len(sent) - gone], kept)
+        if gone:
+            answers = F.pad(answers, (0, 0, 0, gone))  # theirs are zeros
+        return Combine.apply(answers, weights, order, back)
 
 
 def over_capacity(routing: Routing, devices: int, factor: float) -> Tensor:
@@ -139,7 +140,7 @@ def over_capacity(routing: Routing, devices: int, factor: float) -> Tensor:
                          "device (group) needs the same number")  # fmt: skip
     if not 0 < factor < math.inf:
         raise ValueError(f"capacity_factor={factor}; choose a number above 0, such as 1.0 (V2), or None for no limit")
-    room = math.ceil(factor * experts.numel() / devices)
+    room = math.ceil(min(factor, devices) * experts.numel() / devices)
     device = (experts // (scores.shape[1] // devices)).flatten()
     best_first = scores.gather(1, experts).flatten().argsort(descending=True, stable=True)
     by_device = best_first[device[best_first].argsort(stable=True)]  # and on each device the best first

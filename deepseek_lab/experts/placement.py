@@ -182,7 +182,7 @@ def traffic(experts: Tensor, config: ModelConfig, nodes: int | None = None) -> T
         raise ValueError(f"nodes={nodes} does not divide n_routed_experts={count}; every node holds as many experts")
     if experts.dim() != 2 or experts.dtype != torch.int64:
         raise ValueError(f"traffic got experts {experts.dtype} {tuple(experts.shape)}; expected int64 [token, choice]")
-    if len(experts) and not 0 <= experts.min() <= experts.max() < count:
+    if experts.numel() and not 0 <= experts.min() <= experts.max() < count:
         raise ValueError(f"traffic got experts {experts.min()} to {experts.max()}; this model has 0 to {count - 1}")
     slots = torch.zeros(len(experts), nodes, dtype=torch.int64)
     slots.scatter_add_(1, (experts // (count // nodes)).cpu(), torch.ones(experts.shape, dtype=torch.int64))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..precision.matmul import without_autocast
 
 
 class Routing(NamedTuple):
@@ -54,12 +55,13 @@ class Router(nn.Module):
         experts = self.choose(scores.detach())
         weights = scores.gather(1, experts)  # the unbiased scores: the correction bias never touches the gate
         if c.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            total = weights.sort(dim=-1).values.sum(dim=-1, keepdim=True)  # the same, in whatever order they come
+            weights = weights / (total + 1e-20)
         return Routing(experts, weights * c.routed_scaling_factor, scores)
 
     def score(self, x: Tensor) -> Tensor:
-        """Return the logits [token, expert], float32 whatever the model's dtype: near-ties decide experts."""
-        return F.linear(x.float(), self.weight.float())
+        """Return the logits [token, expert], float32 whatever the model's dtype and autocast: near-ties decide."""
+        return without_autocast(F.linear, x.float(), self.weight.float())
 
     def choose(self, scores: Tensor) -> Tensor:
         """Return the experts [token, choice] that these scores [token, expert] select, the best first."""

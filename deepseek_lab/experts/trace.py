@@ -162,7 +162,7 @@ def _with_rules(router: Router, bias: bool, groups: bool) -> Router:
     c = router.config
     with torch.device("meta"):
         other = Router(c if groups else c.replace(topk_group=c.n_group))
-    other.weight = router.weight
+    other.weight, other.score = router.weight, router.score  # a gate with a policy scores in its own way
     if c.topk_method == "noaux_tc":
         other.e_score_correction_bias = _bias(router) if bias else torch.zeros_like(_bias(router))
     return other

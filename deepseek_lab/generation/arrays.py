@@ -103,7 +103,7 @@ class Arrays:
     def _experts(self, mlp: ExpertLayer) -> tuple[np.ndarray, ...]:
         router, stack = expect(mlp.gate, Router), expect(mlp.experts, Experts)
         c = self._config
-        if router.config != c:
+        if router.config != c or (mlp.training and mlp.capacity_factor is not None):
             raise Unsupported
         n, d, width = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
         gate, bias = self.array(router.weight, n, d), np.zeros(n, np.float32)

@@ -147,9 +147,9 @@ def _curves(histories: Mapping, run: str, step: int, layer: int) -> list[Shape]:
     others = [Line(line, "#BBBBBB", 1.2, kind="other", name=name) for name, line in lines.items() if name != run]
     side, beside = ("start", x(step) + 6) if step < last / 2 else ("end", x(step) - 6)
     return [
-        Words(_MARGIN, top - 16, "MaxVio over the steps", bold=True),
-        *([Line(((RIGHT - 128, top - 20), (RIGHT - 106, top - 20)), "#BBBBBB", 1.6)] if others else []),
-        *([Words(RIGHT, top - 16, "the other runs", "end", size=12)] if others else []),
+        Words(_MARGIN, top - 20, "MaxVio over the steps", bold=True),
+        *([Line(((RIGHT - 128, top - 24), (RIGHT - 106, top - 24)), "#BBBBBB", 1.6)] if others else []),
+        *([Words(RIGHT, top - 20, "the other runs", "end", size=12)] if others else []),
         *y_axis(plan, LEFT, RIGHT), Line(((LEFT, bottom), (RIGHT, bottom))), *others,
         Line(lines[run], PALETTE["weights"], 2.2, kind="curve"),
         Line(((x(step), top - 8), (x(step), bottom)), GREY, 1.4, (4, 3), kind="moment"),

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEIGHT = 532
-MOST_NODES, ROWS = 8, 16
+MOST_NODES, ROWS = 8, 12
 LEFT, RIGHT = 14, 566
-TOP, PITCH = 104, 19.5  # of the first row, from row to row
+TOP, PITCH = 104, 26  # of the first row, from row to row
 _NODE, _CENTRE = 128, 290
 _BARS_Y, _BAR_X, _BAR = 440, 158, 150
 _BLUE, _PALE, _BACK = PALETTE["experts"], "#CFE8F7", "#E4F2FB"

@@ -45,7 +45,7 @@ def _settings(recipe: Recipe) -> dict:
 def _capacities(model: Transformer) -> str:
     """The capacity factors of the expert layers, as text; "" where no layer drops anything."""
     factors = [layer.capacity_factor for layer in model.expert_layers()]
-    return json.dumps(factors) if any(factor is not None for factor in factors) else ""
+    return json.dumps([f if f is None else float(f) for f in factors]) if any(f is not None for f in factors) else ""
 
 
 def _policies(model: Transformer) -> str:
@@ -85,9 +85,8 @@ def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: R
         raise ValueError(f"{path} is not a whole safetensors file ({error}); use an earlier checkpoint") from error
     for key, value in _run_identity(model, recipe, batches).items():
         if metadata.get(key, "") != value:
-            raise ValueError(
-                f"{path} was written by a run with another {key}: {metadata.get(key)}; this one has {value or 'none'}"
-            )
+            raise ValueError(f"{path} was written by a run with another {key}: {metadata.get(key) or 'none'}; this one "
+                             f"has {value or 'none'}")  # fmt: skip
     if not str(metadata.get("done")).isdecimal() or not 0 < int(metadata["done"]) <= recipe.steps:
         raise ValueError(
             f"{path} says it has done {metadata.get('done')} of {recipe.steps} steps; use another checkpoint"

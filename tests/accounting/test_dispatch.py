@@ -18,6 +18,14 @@ def test_expected_nodes_are_the_mean_over_every_choice(experts, nodes, choices):
     assert expected_nodes(experts, nodes, choices) == pytest.approx(sum(touched) / len(touched))
 
 
+@pytest.mark.parametrize(("nodes", "choices"), [(12, 1), (9, 3), (48, 1)])
+def test_no_more_nodes_than_choices_are_expected_so_that_their_bytes_can_be_asked_for(nodes, choices):
+    expected = expected_nodes(nodes, nodes, choices)  # one expert on each
+    assert expected == pytest.approx(choices) and expected <= choices
+    config = PRESETS["tiny"].replace(n_routed_experts=nodes, n_group=1, topk_group=1, num_experts_per_tok=choices)
+    assert dispatch_bytes(config, expected).total == pytest.approx(dispatch_bytes(config, choices).total)
+
+
 def test_v3_would_touch_5_3_of_its_8_nodes():
     assert expected_nodes(V3.n_routed_experts, facts.V3_EXPERT_NODES.value, V3.num_experts_per_tok) == pytest.approx(
         5.2947, abs=5e-5

@@ -193,6 +193,8 @@ def test_losses_of_nothing_and_devices_that_do_not_divide_the_experts_are_refuse
     for wrong in ((scores[:, :0], experts[:, :0]), (scores, experts[:, 1:]), (scores[0, 0], experts[0, 0])):
         with pytest.raises(ValueError, match="of the same tokens"):
             balance.expert_loss(*wrong)
+        with pytest.raises(ValueError, match="of the same tokens"):
+            balance.communication_loss(*wrong, 4, 2)
 
 
 # Measures ------------------------------------------------------------------------------------------------------------
@@ -203,6 +205,8 @@ def test_the_violation_of_a_set_is_that_of_its_sum():
     assert [balance.max_violation(load) for load in loads] == [1.0, 1.0]
     assert balance.global_violation(loads) == balance.global_violation(torch.stack(loads)) == 0
     assert balance.global_violation([*loads, torch.tensor([12, 0, 0])]) == pytest.approx(20 / 12 - 1)
+    with pytest.raises(ValueError, match="at least one routed token"):
+        balance.global_violation([])
 
 
 def records(steps=4, layers=2, experts=3):
@@ -228,6 +232,8 @@ def test_a_history_holds_loads_biases_violations_and_the_dead_of_every_step_and_
 def test_histories_of_nothing_are_refused():
     with pytest.raises(ValueError, match="no records"):
         LoadHistory.of([])
+    with pytest.raises(ValueError, match="records of different models"):
+        LoadHistory.of([*records(), *records(experts=4)])
     dense = SimpleNamespace(load=torch.empty(0, 0, dtype=torch.int64), bias=torch.empty(0, 0))
     with pytest.raises(ValueError, match="of a model with experts"):
         LoadHistory.of([dense])

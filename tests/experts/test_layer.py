@@ -164,6 +164,45 @@ def test_a_bias_that_changes_no_choice_leaves_every_bit_of_the_answer(layer, tok
         assert not torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize("tokens", [2, 60])
+@pytest.mark.parametrize("method", [{}, dict(norm_topk_prob=False)], ids=["normalised", "plain"])
+def test_a_bias_that_only_reorders_the_chosen_leaves_every_bit_of_the_answer(tokens, method):
+    layer = references.fill(ExpertLayer(ALIGNED.replace(n_group=1, topk_group=1, num_experts_per_tok=6, **method)))
+    x, bias = draw(1, tokens, 24), layer.gate.e_score_correction_bias
+    with torch.no_grad():
+        orders = []
+        for few in ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.6, 0.1, 0.5, 0.2, 0.4, 0.3]):
+            bias.copy_(torch.tensor([*few, -1.0, -1.0]))  # always the first six
+            orders.append((layer.gate(x[0]), layer(x)))
+    (one, answer), (other, again) = orders
+    assert torch.equal(one.experts.sort().values, other.experts.sort().values)
+    assert not torch.equal(one.experts, other.experts)
+    assert torch.equal(answer, again)
+
+
+def test_a_layer_that_is_called_meanwhile_answers_all_the_same(layer, monkeypatch):
+    """What a second thread does: its tokens are routed between another's routing and answer."""
+    x, others = draw(1, 30, layer.gate.config.hidden_size), draw(1, 50, layer.gate.config.hidden_size, seed=1)
+    expected, moving = layer(x), module.moving
+    meanwhile = [others]
+
+    def interrupted(rows):
+        if meanwhile:
+            layer(meanwhile.pop())
+        return moving(rows)
+
+    monkeypatch.setattr(module, "moving", interrupted)
+    assert torch.equal(layer(x), expected) and not meanwhile
+
+
+def test_weights_keep_their_float32_in_a_bf16_layer():
+    layer = references.fill(ExpertLayer(ALIGNED)).bfloat16()
+    x = draw(50, 24).bfloat16()
+    one = layer.gate(x)._replace(weights=torch.ones(50, 4))
+    slightly = one._replace(weights=torch.full((50, 4), 1 + 2.0**-9))  # which BF16 rounds to 1
+    assert not torch.equal(layer._routed(x, one), layer._routed(x, slightly))
+
+
 def crowded(capacity, tokens=40, config=ALIGNED):
     """A layer in training whose first groups are busier than the others, and what it reads."""
     layer = references.fill(ExpertLayer(config.replace(n_group=4, topk_group=4, num_experts_per_tok=2))).train()
@@ -226,8 +265,9 @@ def test_nothing_is_dropped_outside_training_with_room_for_all_or_by_default():
     layer, x = crowded(None)
     free = layer(x)
     assert layer.dropped == 0
-    layer.capacity_factor = 4.0  # as much room as there are slots
-    assert torch.equal(layer(x), free) and layer.dropped == 0
+    for plenty in (4.0, 1e308):  # as much room as there are slots, and more
+        layer.capacity_factor = plenty
+        assert torch.equal(layer(x), free) and layer.dropped == 0
     layer.capacity_factor = 1.0
     assert not torch.equal(layer(x), free) and layer.dropped > 0
     assert torch.equal(layer.eval()(x), free) and layer.dropped == 0

@@ -169,6 +169,7 @@ def test_a_token_travels_once_to_a_node_however_many_of_its_experts_live_there()
     assert way.slots.tolist() == [[4, 0, 0, 0], [1, 1, 1, 1], [2, 0, 0, 2]]
     assert way.nodes_touched.tolist() == [1, 4, 2] and way.tokens.tolist() == [3, 1, 1, 2]
     assert traffic(torch.tensor([[0, 1, 2, 3]]), config, nodes=8).nodes_touched.tolist() == [2]
+    assert traffic(torch.zeros(3, 0, dtype=torch.int64), config).tokens.tolist() == [0, 0, 0, 0]
     empty = traffic(torch.zeros(0, 4, dtype=torch.int64), config)
     assert empty.total == 0 and LayerTraffic(1, 2, empty, empty).saved == 0
 

@@ -265,3 +265,11 @@ def test_scores_are_float32_in_a_bf16_model():
     routing = gate(x)
     assert routing.scores.dtype == routing.weights.dtype == torch.float32
     torch.testing.assert_close(routing.scores, (x.float() @ rounded.T).sigmoid())
+
+
+def test_autocast_takes_no_bits_of_the_scores():
+    gate = references.fill(Router(TINY))
+    x = random_x(gate)
+    with torch.autocast("cpu", torch.bfloat16):
+        routing = gate(x)
+    assert all(map(torch.equal, routing, gate(x))) and routing.weights.dtype == torch.float32

@@ -82,6 +82,16 @@ def test_every_pair_of_rules_has_the_choice_and_weights_of_such_a_router(config)
             assert choice.kept.gather(1, at.groups[choice.chosen]).all() and choice.shares is None
 
 
+def test_a_gate_with_a_policy_chooses_by_its_own_scores_whichever_rules_hold():
+    model = model_with_bias(TINY)
+    lab.model.apply_policy(model, lab.precision.PrecisionPolicy(wide=()))
+    for at in trace_routing(model, text(TINY, 200)).layers:
+        for (bias, groups), choice in at.choices.items():
+            router = Router(TINY if groups else TINY.replace(topk_group=4))
+            router.e_score_correction_bias.copy_(at.bias if bias else torch.zeros(16))
+            assert torch.equal(router.choose(at.scores), choice.chosen)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("config", [TINY, V2, TINY.replace(n_shared_experts=0)], ids=["v3", "v2", "none shared"])
 def test_shares_are_what_each_expert_brings_measured_along_the_output(config):

@@ -1,8 +1,5 @@
 """Absorbed attention of one token: every body within the rounding of float32 of what float64 says."""
 
-import os
-import subprocess
-import sys
 import tracemalloc
 
 import attending
@@ -12,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
+from scripts import run
 
 import deepseek_lab as lab
 from deepseek_lab.attention import LatentAttention, LatentCache
@@ -239,14 +237,6 @@ def test_a_memory_in_eight_bits_gets_no_float_copy():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < memory[0].nbytes / 20
-
-
-def run(script: str, **environment: str) -> str:
-    paths = os.pathsep.join(sys.path)
-    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": paths, "LAB_KERNELS": "numba", **environment})  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    return made.stdout
 
 
 SHAPES = """

@@ -248,7 +248,12 @@ def halved(model):
     attention.rotate = lab.attention.rope.rotate_halves
 
 
-@pytest.mark.parametrize("change", [louder, silenced, replaced, regrouped, transposed, halved])
+def dropping(model):
+    for layer in model.train().expert_layers():
+        layer.capacity_factor = 0.5
+
+
+@pytest.mark.parametrize("change", [louder, silenced, replaced, regrouped, transposed, halved, dropping])
 def test_what_the_kernels_do_not_know_takes_the_models_own_path(change, monkeypatch):
     model, tokens = filled(V3), references.token_ids(1, 5)
     change(model)

@@ -1,13 +1,10 @@
 """Rows go to their experts and back: every body says what the definition says, bit for bit."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripts import run
 
 from deepseek_lab.kernels import dispatch, numba_cpu, reference
 
@@ -155,14 +152,6 @@ def test_the_environment_chooses_the_body(monkeypatch):
     for name, module in (("reference", reference), ("numba", numba_cpu)):
         monkeypatch.setenv("LAB_KERNELS", name)
         assert dispatch.body_for(torch.ones(1)).unpermute is module.unpermute
-
-
-def run(script: str, **environment: str) -> str:
-    paths = os.pathsep.join(sys.path)
-    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": paths, "LAB_KERNELS": "numba", **environment})  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    return made.stdout
 
 
 SHAPES = """

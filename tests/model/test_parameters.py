@@ -21,9 +21,9 @@ PUBLISHED = {
 
 
 def on_meta(config: ModelConfig) -> Transformer:
-    """The model without memory for its weights."""
+    """The model without memory for its weights, and without prediction modules: reports count these apart."""
     with torch.device("meta"):
-        return Transformer(config)
+        return Transformer(config.replace(num_nextn_predict_layers=0))
 
 
 def count(model) -> int:

@@ -2,7 +2,6 @@
 
 import math
 
-import matplotlib.pyplot as plt
 import pytest
 
 from deepseek_lab import plots
@@ -19,12 +18,6 @@ def with_heads(heads, latent):
 
 
 CASES = [(V3, 4_096, 1), (V3, 131_072, 32), (with_heads(8, 64), 1, 1), (with_heads(256, 2_048), 131_072, 256)]
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
 
 
 def lengths(sheet, name):

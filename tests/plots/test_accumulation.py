@@ -25,12 +25,6 @@ RECORDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
-
-
 def points(sheet, kind):
     (line,) = (shape for shape in sheet.shapes if isinstance(shape, Line) and shape.kind == kind)
     return line.points

@@ -2,7 +2,6 @@
 
 import itertools
 
-import matplotlib
 import pytest
 import torch
 from matplotlib import pyplot as plt
@@ -22,13 +21,6 @@ def history(seed, steps=40, layers=2, experts=16, bias=1.0):
 
 
 HISTORIES = {"speed 0.001": history(0), "no bias": history(1, bias=0.0), "third": history(2, bias=1e-4)}
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    with matplotlib.rc_context():
-        yield
-    plt.close("all")
 
 
 def named(sheet, kind):

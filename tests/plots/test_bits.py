@@ -4,7 +4,6 @@ import itertools
 import math
 import random
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -18,12 +17,6 @@ RANDOM = random.Random(5)
 SOME = {name: sorted({0, 1, f.max_code, f.nan_code, f.max_code + 1, 1 << (f.bits - 1), (1 << f.bits) - 1,
                       1 << f.mantissa_bits, *(RANDOM.randrange(1 << f.bits) for _ in range(20))})
         for name, f in FORMATS.items()}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
 
 
 def said(sheet, kind):

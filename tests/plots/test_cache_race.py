@@ -1,6 +1,5 @@
 """The picture of the cache race: bars as long as their bytes, both phases apart, and when each kind runs out."""
 
-import matplotlib.pyplot as plt
 import pytest
 
 from deepseek_lab import plots
@@ -9,12 +8,6 @@ from deepseek_lab.plots.cache_race import HEIGHT, LEFT, RIGHT, race_sheet
 from deepseek_lab.plots.sheet import WIDTH, Words
 
 RACES = [CacheRace(), CacheRace(gpu="16 x H800", batch=64), CacheRace("deepseek-v2-lite", "1 x A100", 256, prompt=500)]
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
 
 
 def boxes(sheet, kind):

@@ -15,13 +15,6 @@ from deepseek_lab.units import GIB
 NOW, BEFORE = MemoryState(), MemoryState(cache="expanded")
 
 
-@pytest.fixture(autouse=True)
-def closed_figures():
-    with matplotlib.rc_context():
-        yield
-    plt.close("all")
-
-
 def bars(ax):
     """The bars by name: "ghost" and the parts."""
     return {

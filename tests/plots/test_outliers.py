@@ -2,7 +2,6 @@
 
 import itertools
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.colors import to_rgba
@@ -15,12 +14,6 @@ from deepseek_lab.precision import outlier_study
 
 STUDY = outlier_study()
 PLACE = STUDY.places[0]
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
 
 
 def spoilt(sheet, way):

@@ -1,6 +1,5 @@
 """The picture of a paged cache shows its blocks, who shares them, and bytes that the pool itself counts."""
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -30,12 +29,6 @@ def trace(blocks=20, size=16, forks=2):
     cache.free()
     steps.append(pool_step(pool, "free"))
     return steps
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
 
 
 def boxes(sheet, kind):

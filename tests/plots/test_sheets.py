@@ -1,6 +1,5 @@
 """Sheets and the twins drawn from them: the twin's boxes are the widget's boxes, nothing is clipped, nothing warns."""
 
-import matplotlib
 import pytest
 import torch
 from matplotlib import pyplot as plt
@@ -35,13 +34,6 @@ def traced():
 
 
 TRACE = traced()
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    with matplotlib.rc_context():
-        yield
-    plt.close("all")
 
 
 def named(sheet, kind):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy
 import pytest
 import references
 import torch
@@ -175,20 +176,22 @@ def test_a_loss_that_can_pull_at_nothing_is_refused_before_the_first_step(config
         next(train(fresh(config), batches(), recipe(**settings)))
 
 
-def four_steps(file, config=TWO, capacity=None, **settings):
+def holding(factor, seed=0):
+    """A model whose experts hold so many times their fair share."""
+    model = fresh(TWO, seed)
+    for layer in model.expert_layers():
+        layer.capacity_factor = factor
+    return model
+
+
+def four_steps(file, capacity=None, **settings):
     """The losses of a run of twelve steps, left after four and taken up again."""
-
-    def model(seed):
-        made = fresh(config, seed)
-        for layer in made.expert_layers():
-            layer.capacity_factor = capacity
-        return made
-
-    run, losses = train(model(0), batches(), recipe(**settings), checkpoint=file), []
+    run, losses = train(holding(capacity), batches(), recipe(**settings), checkpoint=file), []
     for _ in range(4):
         losses.append(next(run).loss)
     run.close()
-    return losses + [r.loss for r in train(model(9), batches(), recipe(**settings), checkpoint=file, resume=True)]
+    rest = train(holding(capacity, seed=9), batches(), recipe(**settings), checkpoint=file, resume=True)
+    return losses + [r.loss for r in rest]
 
 
 @pytest.mark.parametrize("settings", [
@@ -196,9 +199,7 @@ def four_steps(file, config=TWO, capacity=None, **settings):
     dict(capacity=1.0),
 ], ids=str)  # fmt: skip
 def test_a_balanced_run_goes_on_as_if_it_had_not_stopped(settings, tmp_path):
-    model = fresh(TWO)
-    for layer in model.expert_layers():
-        layer.capacity_factor = settings.get("capacity")
+    model = holding(settings.get("capacity"))
     whole = [r.loss for r in train(model, batches(), recipe(**{k: v for k, v in settings.items() if k != "capacity"}))]
     assert four_steps(tmp_path / "run.safetensors", **settings) == whole
 
@@ -217,6 +218,17 @@ def test_the_file_of_a_run_with_another_capacity_is_refused(tmp_path):
     four_steps(file, capacity=1.0)
     with pytest.raises(ValueError, match=r"another capacity: \[1\.0, 1\.0\]; this one has none"):
         next(train(fresh(TWO), batches(), recipe(), checkpoint=file, resume=True))
+
+
+@pytest.mark.parametrize("factor", [1, numpy.float32(1)])
+def test_a_capacity_is_the_same_number_in_whatever_type(factor, tmp_path):
+    file = tmp_path / "run.safetensors"
+    assert four_steps(file, capacity=factor) == four_steps(file, capacity=1.0)
+    with pytest.raises(ValueError, match=r"another capacity: \[1\.0, 1\.0\]; this one has \[2\.0, 2\.0\]"):
+        next(train(holding(2), batches(), recipe(), checkpoint=file, resume=True))
+    four_steps(file)
+    with pytest.raises(ValueError, match="another capacity: none; this one has"):
+        next(train(holding(1.0), batches(), recipe(), checkpoint=file, resume=True))
 
 
 def test_a_file_from_before_these_settings_goes_on(tmp_path):
