@@ -2,9 +2,8 @@
 
 Torch spends most of a small model's step on starting some 650 operations. Here a layer is four calls, and every weight
 is read where it lies: nothing is packed or copied. What is right is defined by attention/latent.py and experts/.
-
-Compiled functions check no index (with NUMBA_BOUNDSCHECK=1 all but `dot` do): callers check shapes first. What these
-functions call is in this file too, because Numba's cache does not notice a change in another one.
+Compiled functions check no index (with NUMBA_BOUNDSCHECK=1 all but `dot` do): callers check shapes first. What they
+call is in this file too, because Numba's cache does not notice a change in another one.
 """
 
 import numpy as np
@@ -17,7 +16,6 @@ from .numba_attention import attend_memory
 
 LANES = 16
 ONE = np.float32(1.0)  # a plain 1.0 would turn everything it meets into float64
-
 helper = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 kernel = njit(error_model="numpy", cache=True, no_cfunc_wrapper=True)
 
@@ -188,14 +186,16 @@ def dense(x, norm, eps, gate, up, down):
 
 @helper
 def take_largest(values, count):
-    """Indices of the `count` largest (or not a number), the lower index at a tie; those values become -inf."""
+    """Indices of the `count` largest (or not a number), in rising order; ties: the lower. Those values become -inf."""
     indices = np.empty(count, np.int64)
     for i in range(count):
         best = 0
         for j in range(values.size):
             best = j if values[j] > values[best] or np.isnan(values[j]) else best
-        indices[i] = best
-        values[best] = -np.inf
+        while i > 0 and indices[i - 1] > best:
+            indices[i] = indices[i - 1]
+            i -= 1
+        indices[i], values[best] = best, -np.inf
     return indices
 
 
