@@ -95,14 +95,16 @@ def dense(x, norm, eps, gate, up, down):
 
 @helper
 def take_largest(values, count):
-    """Indices of the `count` largest (or not a number), the lower index at a tie; those values become -inf."""
+    """Indices of the `count` largest (or not a number), in rising order; ties: the lower. Those values become -inf."""
     indices = np.empty(count, np.int64)
     for i in range(count):
         best = 0
         for j in range(values.size):
             best = j if values[j] > values[best] or np.isnan(values[j]) else best
-        indices[i] = best
-        values[best] = -np.inf
+        while i > 0 and indices[i - 1] > best:
+            indices[i] = indices[i - 1]
+            i -= 1
+        indices[i], values[best] = best, -np.inf
     return indices
 
 

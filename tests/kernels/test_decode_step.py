@@ -4,13 +4,12 @@ import copy
 import hashlib
 import os
 import pathlib
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import references
 import torch
+from scripts import run
 from torch import nn
 
 import deepseek_lab as lab
@@ -187,6 +186,17 @@ def test_which_of_two_equal_experts_is_chosen_does_not_show(config):
         assert references.difference(fast(token, caches[0]), slow(token, caches[1])) < bound(config)
 
 
+def test_a_bias_that_only_reorders_the_chosen_leaves_every_bit_of_the_logits():
+    model, logits, token = filled(V3.replace(n_group=1, topk_group=1, num_experts_per_tok=6)), [], torch.tensor([5])
+    for few in ([10, 20, 30, 40, 50, 60], [60, 10, 50, 20, 40, 30]):  # always the first six
+        for layer in model.expert_layers():
+            layer.gate.e_score_correction_bias.copy_(torch.tensor([*few, *[-10.0] * 6]))
+        one = decode_step(model, 1)
+        assert type(one) is CompiledStep
+        logits.append(one(token, model.new_caches(1)).clone())
+    assert torch.equal(*logits)
+
+
 def test_a_training_step_shows_at_once(monkeypatch):
     model, tokens = filled(V3), references.token_ids(1, 9)
     before = generate(model, tokens, 40)
@@ -322,15 +332,6 @@ def test_an_interrupted_step_leaves_no_half_token():
     assert [cache.length for cache in caches] == [0, 0, 0]
     fast._kernels = kernels
     assert torch.equal(fast(token, caches), expected)
-
-
-def run(script: str, **environment: str) -> str:
-    """What a new Python prints."""
-    made = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
-    return made.stdout
 
 
 def test_compiling_ahead_leaves_nothing_to_compile(tmp_path):
