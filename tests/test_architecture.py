@@ -26,10 +26,10 @@ ARROWS = {
     "experts": WORDS | {"precision", "kernels"},
     "model": WORDS | {"attention", "experts", "precision"},
     "data": set(),
-    "training": WORDS | {"model", "data", "precision", "experts"},
+    "training": WORDS | {"model", "data", "precision", "experts", "accounting"},
     "generation": WORDS | {"model", "attention", "experts", "kernels"},
     "reasoning": WORDS | {"training", "generation", "data"},
-    "checkpoints": WORDS | {"model", "training", "data", "experts"},
+    "checkpoints": WORDS | {"model", "training", "data", "experts", "generation", "precision"},
     "accounting": WORDS,
     "plots": WORDS | {"accounting", "precision"},
     "widgets": WORDS | {"plots", "accounting", "precision"},
@@ -139,7 +139,7 @@ def test_nothing_is_unpickled_or_evaluated(path):
 
 # Lines of code: a docstring, a comment or an empty line makes a file longer and its reading shorter. What computes, and
 # what shows and asks: pictures, their controls and the answers to exercises grow with the notebooks.
-AT_MOST = {"the library": 7000, "its pictures and exercises": 4000}
+AT_MOST = {"the library": 7000, "its pictures and exercises": 6000}
 SPACE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..experts import Routing, balance
 from ..model import Transformer
-from .optimizer import BALANCE_LOSSES, Recipe
+from .recipe import BALANCE_LOSSES, Recipe
 
 
 def check_balance(config: ModelConfig, recipe: Recipe) -> None:
@@ -26,11 +26,14 @@ def check_balance(config: ModelConfig, recipe: Recipe) -> None:
 
 
 @contextlib.contextmanager
-def listening(model: Transformer, recipe: Recipe) -> Iterator[list[Routing]]:
-    """Collect what every router answers until the block ends; nothing, at no cost, if the recipe has no loss for it."""
+def listening(model: Transformer, recipe: Recipe, multi_token: bool = False) -> Iterator[list[Routing]]:
+    """Collect what every router answers until the block ends; nothing, at no cost, if the recipe has no loss for it.
+
+    multi_token: those of prediction modules too, here and in `rebalance`.
+    """
     heard: list[Routing] = []
     wanted = any(getattr(recipe, name) for name in BALANCE_LOSSES)
-    gates = [layer.gate for layer in model.expert_layers()] if wanted else []
+    gates = [layer.gate for layer in model.expert_layers(multi_token)] if wanted else []
     hooks = [gate.register_forward_hook(lambda _gate, _inputs, routing: heard.append(routing)) for gate in gates]
     try:
         yield heard
@@ -61,13 +64,15 @@ def balance_loss(heard: list[Routing], batch: int, config: ModelConfig, recipe: 
 
 
 @torch.no_grad()
-def rebalance(model: Transformer, speed: float, rule: str = "sign") -> tuple[Tensor, Tensor]:
+def rebalance(
+    model: Transformer, speed: float, rule: str = "sign", multi_token: bool = False
+) -> tuple[Tensor, Tensor]:
     """Move every correction bias by the load of the step just done.
 
     Returns the loads [layer, expert] int64 and the new biases [layer, expert] float32, zeros where a router has none.
     """
     loads, biases = [], []
-    for layer in model.expert_layers():
+    for layer in model.expert_layers(multi_token):
         loads.append(layer.load)
         bias = getattr(layer.gate, "e_score_correction_bias", None)
         if bias is not None:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import accounting
 from ..data import Batches
 from ..experts import balance
-from ..model import Transformer
+from ..model import Transformer, apply_policy, multi_token_loss, weighted_loss
 from .balancing import balance_loss, check_balance, listening, rebalance
-from .optimizer import Recipe, make_optimizer
+from .diagnosis import first_nonfinite, first_odd_gradient
+from .optimizer import make_optimizer, move_average
+from .recipe import Recipe
 from .state import load_state, save_state
 
 
@@ -28,9 +31,11 @@ class StepRecord:
     """What one step saw and did.
 
     loss is in nats per token, before the update; load [layer, expert] counts tokens; bytes holds what weights,
-    gradients and optimiser moments take at the end of the step, before gradients are freed. bias [layer, expert] is
-    what the routers add from the next step on, zeros where they have no bias. balance_loss was added to the loss for
-    the gradient, and is not in `loss`.
+    gradients, optimiser moments and the mean of the weights take at the end of the step, before gradients are freed.
+    bias [layer, expert] is what the routers add from the next step on, zeros where they have no bias. Layers of
+    prediction modules come last. balance_loss was added to the loss for the gradient, and is not in `loss`; nor are
+    multi_token_losses, one for each prediction module, whose weight is the recipe's. flops counts what the model needs
+    for the step, forward and backward, whatever is computed twice. validation_loss is there where it was asked for.
     """
 
     step: int
@@ -43,10 +48,17 @@ class StepRecord:
     bytes: dict[str, int]
     bias: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     balance_loss: float = 0.0
+    multi_token_losses: tuple[float, ...] = ()
+    flops: float = 0.0
+    validation_loss: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
+
+    def mfu(self, peak: float) -> float:
+        """Return the model's FLOPs per second by those that the machine can do, its `peak` in FLOP/s."""
+        return self.flops / self.seconds / peak
 
     @property
     def max_violation(self) -> float:
@@ -62,20 +74,30 @@ def train(
     checkpoint_every: int = 200,
     resume: bool = False,
     progress: bool = False,
+    validation: Tensor | None = None,
+    validate_every: int = 200,
 ) -> Iterator[StepRecord]:
     """Train in place and yield one `StepRecord` per step.
 
     With `checkpoint` a safetensors file is written every `checkpoint_every` steps, at the end, and when the run is
     interrupted (Ctrl-C takes effect after the running step). `resume=True` goes on from that file: on one thread, the
-    losses are those of the uninterrupted run, bit for bit. `progress` shows a bar.
+    losses are those of the uninterrupted run, bit for bit. `progress` shows a bar. The records of every
+    `validate_every`-th step and of the last hold the loss on the text `validation` [token] after it.
 
-    Raises ValueError when the loss is not a number, naming the step, and when the file belongs to another run.
+    Raises ValueError when the loss is not a number, naming the step and the tensor where it began, and when the file
+    belongs to another run.
     """
-    _check_run(checkpoint, checkpoint_every)
+    _check_run(checkpoint, checkpoint_every, validate_every)
     check_balance(model.config, recipe)
+    if recipe.precision is not None:
+        apply_policy(model, recipe.precision)
+    if recipe.recompute is not None:
+        model.recompute = recipe.recompute
+    model.average = None
     optimizer = make_optimizer(model, recipe)
     start = load_state(checkpoint, model, optimizer, recipe, batches) if resume else 0
     done = saved = start
+    interrupts: list = []
     model.run = run = object()  # whoever starts later takes the model over
     model.train()
     try:
@@ -88,7 +110,11 @@ def train(
                 if checkpoint is not None and done % checkpoint_every == 0 and done < recipe.steps:
                     save_state(checkpoint, model, optimizer, recipe, batches, done)
                     saved = done
+            if validation is not None and (done % validate_every == 0 or done == recipe.steps):
+                record = replace(record, validation_loss=evaluate(model, validation, batches.length))
             yield record
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(checkpoint, done, saved, interrupts)) from None
     except Exception:
         if saved:  # the weights may be what went wrong: better a file of an earlier step than one that cannot go on
             done = start
@@ -100,13 +126,24 @@ def train(
             save_state(checkpoint, model, optimizer, recipe, batches, done)
 
 
-def _check_run(checkpoint: str | Path | None, checkpoint_every: int) -> None:
+def _how_to_go_on(checkpoint: str | Path | None, done: int, saved: int, interrupts: list) -> str:
+    """What somebody who pressed Ctrl-C has, and what to do next."""
+    if checkpoint is None:
+        return f"stopped after {done} steps, which the model keeps; with train(..., checkpoint=FILE) a run can go on"
+    if len(interrupts) > 1:
+        kept = f"{checkpoint} holds {saved} steps" if saved else "nothing was saved yet"
+        return f"stopped within step {done}, its weights are half moved; {kept}: start from there, with resume=True"
+    return f"stopped after {done} steps, all in {checkpoint}; go on with train(..., resume=True)"
+
+
+def _check_run(checkpoint: str | Path | None, checkpoint_every: int, validate_every: int) -> None:
     if not torch.is_grad_enabled():
         raise ValueError("train() was called inside torch.no_grad(); call it outside, it needs gradients")
     if checkpoint is not None and Path(checkpoint).is_dir():
         raise ValueError(f"checkpoint={str(checkpoint)!r} is a directory; name a file in it, such as run.safetensors")
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every={checkpoint_every}; choose 1 or more steps between two checkpoints")
+    for name, every in (("checkpoint", checkpoint_every), ("validate", validate_every)):
+        if every < 1:
+            raise ValueError(f"{name}_every={every}; choose 1 or more steps from one time to the next")
 
 
 def _step(model: Transformer, batches: Batches, optimizer, recipe: Recipe, step: int) -> StepRecord:
@@ -114,27 +151,34 @@ def _step(model: Transformer, batches: Batches, optimizer, recipe: Recipe, step:
     rate = recipe.learning_rate_at(step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    batch = batches[step].to(model.embed_tokens.weight.device)
-    with listening(model, recipe) as heard:
-        loss = next_token_loss(model, batch)
+    batch = batches[step][: recipe.batch_at(step, batches.batch)].to(model.embed_tokens.weight.device)
+    weight = recipe.multi_token_weight_at(step)
+    ahead = bool(weight) and len(model.multi_token) > 0
+    with listening(model, recipe, ahead) as heard:
+        loss, further = multi_token_loss(model, batch) if ahead else (next_token_loss(model, batch), ())
     added = balance_loss(heard, len(batch), model.config, recipe)
-    total = loss + added
+    total = weighted_loss(loss, further, weight) + added
     if not torch.isfinite(total):
-        raise ValueError(f"the loss of step {step} is {total.item()}; the weights are left as they were before this "
-                         f"step: lower the learning rate (now {rate:.2g}) or warm up longer")  # fmt: skip
+        raise ValueError(f"the loss of step {step} is {total.item()}: {first_nonfinite(model, batch[:, :-1])}; the "
+                         "weights are left as they were before this step: lower the learning rate (now "
+                         f"{rate:.2g}) or warm up longer")  # fmt: skip
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
     if not torch.isfinite(norm):
+        odd = first_odd_gradient(model)
         optimizer.zero_grad(set_to_none=True)
-        raise ValueError(f"the gradient norm of step {step} is {norm.item()}; the weights are left as they were before "
-                         f"this step: lower the learning rate (now {rate:.2g})")  # fmt: skip
+        raise ValueError(f"the gradient norm of step {step} is {norm.item()}: {odd}; the weights are left as they were "
+                         f"before this step: lower the learning rate (now {rate:.2g})")  # fmt: skip
     optimizer.step()
+    if recipe.ema_decay is not None:
+        move_average(model, recipe.ema_decay)
     sizes = _bytes_of(model, optimizer)
     optimizer.zero_grad(set_to_none=True)
-    load, bias = rebalance(model, recipe.balance_speed, recipe.balance_rule)
-    seconds, seen = time.perf_counter() - began, batches.tokens_per_step
-    extra = torch.as_tensor(added).item()
-    return StepRecord(step, loss.item(), rate, norm.item(), seen, seconds, load, sizes, bias, extra)
+    load, bias = rebalance(model, recipe.balance_speed_at(step), recipe.balance_rule, ahead)
+    seconds, seen = time.perf_counter() - began, batch[:, 1:].numel()
+    extra, ahead_losses = torch.as_tensor(added).item(), tuple(part.item() for part in further)
+    flops = seen * accounting.training_flops(model.config, batches.length, with_mtp=ahead).total
+    return StepRecord(step, loss.item(), rate, norm.item(), seen, seconds, load, sizes, bias, extra, ahead_losses, flops)
 
 
 def next_token_loss(model: Transformer, batch: Tensor) -> Tensor:
@@ -164,11 +208,12 @@ def _bytes_of(model: Transformer, optimizer) -> dict[str, int]:
     """Bytes of the live tensors, by part."""
     parameters = list(model.parameters())
     moments = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
-    return {
+    sizes = {
         "weights": sum(p.nbytes for p in parameters) + sum(b.nbytes for b in model.buffers()),
         "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
         "moments": sum(m.nbytes for m in moments),
     }
+    return sizes | ({"average": sum(t.nbytes for t in model.average.values())} if model.average else {})
 
 
 @contextlib.contextmanager

@@ -1,76 +1,15 @@
-"""How the weights move: AdamW, a learning rate that warms up and then falls along a cosine, clipped gradients."""
+"""How the weights move: AdamW, with moments in 32 bits or in 16, and a running mean of the weights beside it."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-from ..experts.balance import RULES
-
-BALANCE_LOSSES = ("sequence_loss", "expert_loss", "device_loss", "communication_loss")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a training run besides model and batches.
-
-    Names and defaults are those of the DeepSeek-V3 report, section 4.2, where a toy can share them: AdamW with betas
-    (0.9, 0.95) and weight decay 0.1, gradients clipped to norm 1. The learning rate is a small model's, the balance
-    speed too: a run of a few hundred steps needs faster biases than one of hundreds of thousands (V3: 0.001).
-
-    balance_speed and balance_rule are those of `experts.balance.update_bias`. The four losses are factors of the losses
-    there, added per layer and sequence; devices are the model's groups. V3 has sequence_loss 1e-4 beside the bias, V2
-    expert_loss 0.003, device_loss 0.05 and communication_loss 0.02 in its place. All zero: nobody balances.
-    """
-
-    steps: int
-    learning_rate: float = 3e-3
-    final_learning_rate: float = 3e-4
-    warmup_steps: int = 50
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    balance_speed: float = 0.01
-    balance_rule: str = "sign"
-    sequence_loss: float = 0.0
-    expert_loss: float = 0.0
-    device_loss: float = 0.0
-    communication_loss: float = 0.0
-
-    def __post_init__(self):
-        if type(self.steps) is not int or self.steps < 1:
-            raise ValueError(f"Recipe got steps={self.steps!r}; a run has a whole number of steps, at least one")
-        if self.balance_rule not in RULES:
-            raise ValueError(f"Recipe got balance_rule={self.balance_rule!r}; choose one of {', '.join(RULES)}")
-        for name, value in dataclasses.asdict(self).items():
-            if name != "balance_rule" and not all(
-                math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))
-            ):
-                raise ValueError(f"Recipe got {name}={value}; every setting is a finite number")
-        if not 0 <= self.final_learning_rate <= self.learning_rate:
-            raise ValueError(f"final_learning_rate={self.final_learning_rate} is not between 0 and learning_rate="
-                             f"{self.learning_rate}; the rate falls during a run")  # fmt: skip
-        for name in BALANCE_LOSSES:
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"Recipe got {name}={getattr(self, name)}; a loss of imbalance is not rewarded: 0 or more"
-                )
-        if min(self.warmup_steps, self.balance_speed, self.weight_decay) < 0 or self.clip_norm <= 0:
-            raise ValueError(f"Recipe got warmup_steps={self.warmup_steps}, balance_speed={self.balance_speed}, "
-                             f"weight_decay={self.weight_decay}, clip_norm={self.clip_norm}; none is negative, and "
-                             "clip_norm is above 0")  # fmt: skip
-
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ...: linear over `warmup_steps`, then a cosine to `final_learning_rate`."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        fall = self.learning_rate - self.final_learning_rate
-        return self.final_learning_rate + 0.5 * fall * (1 + math.cos(math.pi * min(progress, 1.0)))
+from .recipe import Recipe
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
@@ -78,4 +17,65 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    kind = torch.optim.AdamW if recipe.moments == "fp32" else NarrowAdamW
+    return kind(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+
+
+class NarrowAdamW(torch.optim.AdamW):
+    """AdamW whose two moments are kept in BF16: 4 bytes a parameter instead of 8, the arithmetic in float32.
+
+    One parameter's moments at a time are made wide, moved by torch's own AdamW, and rounded again (to nearest, as
+    BF16 numbers are spaced by 2^-8 and a moment moves by a twentieth or a tenth: no step is lost to the rounding).
+    Source: DeepSeek-V3 report, section 3.3.3.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            settings = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize", "fused")}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=torch.bfloat16) for _ in "mv")
+                wide = [state[name].float() for name in ("exp_avg", "exp_avg_sq")]
+                adamw([p], [p.grad], *([m] for m in wide), [], [state["step"]], amsgrad=False,
+                      beta1=group["betas"][0], beta2=group["betas"][1], **settings)  # fmt: skip
+                state["exp_avg"].copy_(wide[0])
+                state["exp_avg_sq"].copy_(wide[1])
+
+
+@torch.no_grad()
+def move_average(model: nn.Module, decay: float) -> None:
+    """Move `model.average`, {name: tensor}, towards the weights by 1 - decay; it begins as their copy.
+
+    It lies in the CPU's memory, as V3's does (report, section 3.2.3).
+    """
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    if getattr(model, "average", None) is None:
+        model.average = {name: p.cpu().clone() for name, p in weights.items()}
+        return
+    for name, mean in model.average.items():
+        mean.lerp_(weights[name].to(mean.device), 1 - decay)
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def averaged(model: nn.Module) -> Iterator[nn.Module]:
+    """Let a model have its mean weights until the block ends, to evaluate or save them.
+
+    Raises ValueError for a model that was not trained with an `ema_decay`.
+    """
+    if getattr(model, "average", None) is None:
+        raise ValueError("this model has no running mean of its weights; train it with Recipe(ema_decay=0.99)")
+    own: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        own[name] = p.detach().clone()
+        p.copy_(model.average[name])
+    try:
+        yield model
+    finally:
+        for name, p in model.named_parameters():
+            p.copy_(own[name])

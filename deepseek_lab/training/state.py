@@ -19,27 +19,20 @@ from ..data import Batches
 from ..model import Transformer
 from ..model.files import write_whole
 from ..model.layout import check_whole
-from .optimizer import BALANCE_LOSSES, Recipe
+from .recipe import Recipe
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-LATER = {"balance_rule", *BALANCE_LOSSES}  # settings of a Recipe that older files do not know
 
 
 def _run_identity(model: Transformer, recipe: Recipe, batches: Batches) -> dict[str, str]:
     """What must agree for a resumed run to be the same run."""
     return {
         "config": json.dumps(model.config.to_hf(), sort_keys=True),
-        "recipe": json.dumps(_settings(recipe), sort_keys=True),
+        "recipe": json.dumps(recipe.settings(), sort_keys=True),
         "batches": batches.fingerprint(),
         "policy": _policies(model),
         "capacity": _capacities(model),
     }
-
-
-def _settings(recipe: Recipe) -> dict:
-    """The recipe, without later settings that are not used: then an older file still belongs to the same run."""
-    default = Recipe(steps=1)
-    return {k: v for k, v in dataclasses.asdict(recipe).items() if k not in LATER or v != getattr(default, k)}
 
 
 def _capacities(model: Transformer) -> str:
@@ -65,6 +58,7 @@ def save_state(path: str | Path, model: Transformer, optimizer, recipe: Recipe, 
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{kind}.{name}"] = value
+    tensors |= {f"average.{name}": mean for name, mean in (model.average or {}).items()}
     metadata = {**_run_identity(model, recipe, batches), "done": str(done)}
     write_whole(path.parent, {path.name: lambda file: save_file(tensors, file, metadata=metadata)})
 
@@ -93,6 +87,8 @@ def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: R
         )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     expected = {f"model.{name}" for name in _unshared(model)} | {f"{k}.{name}" for k in MOMENTS for name in parameters}
+    averages = dict(model.named_parameters()) if recipe.ema_decay is not None else {}
+    expected |= {f"average.{name}" for name in averages}
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise ValueError(f"{path} and this model differ in {len(odd)} tensors, the first is {odd[0]}")
@@ -100,7 +96,9 @@ def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: R
     for name, tensor in tensors.items():
         kind, place = name.split(".", 1)
         shape, dtype = weights[place].shape, weights[place].dtype
-        shape, dtype = (torch.Size(), torch.float32) if kind == "step" else (shape, dtype)
+        if kind in MOMENTS:
+            dtype = torch.bfloat16 if recipe.moments == "bf16" else dtype
+            shape, dtype = (torch.Size(), torch.float32) if kind == "step" else (shape, dtype)
         if (tensor.shape, tensor.dtype) != (shape, dtype):
             raise ValueError(f"{path}: tensor {name} is {tensor.dtype} of shape {list(tensor.shape)}, this run needs "
                              f"{dtype} of shape {list(shape)}")  # fmt: skip
@@ -109,6 +107,7 @@ def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: R
             tensor.copy_(tensors[f"model.{name}"])
     for name, parameter in parameters.items():
         optimizer.state[parameter] = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
+    model.average = {name: tensors[f"average.{name}"] for name in averages} or None
     return int(metadata["done"])
 
 
