@@ -93,7 +93,8 @@ def tokens_seen(recipe: training.Recipe) -> int:
 @torch.no_grad()
 def ahead(model: Transformer, validation: torch.Tensor) -> dict[str, float]:
     """Return what the prediction module knows of held-out text: its loss, and which share of its drafts stays."""
-    rows = validation[: 16 * LENGTH + 16].long().view(16, -1)
+    count = min(16, len(validation) // (LENGTH + 1))
+    rows = validation[: count * (LENGTH + 1)].long().view(count, -1)
     _, (loss,) = multi_token_loss(model, rows)
     texts = [speculate(model, row[None, :64], 128) for row in rows[:8]]
     return {
