@@ -139,7 +139,7 @@ def test_nothing_is_unpickled_or_evaluated(path):
 
 # Lines of code: a docstring, a comment or an empty line makes a file longer and its reading shorter. What computes, and
 # what shows and asks: pictures, their controls and the answers to exercises grow with the notebooks.
-AT_MOST = {"the library": 7000, "its pictures and exercises": 6000}
+AT_MOST = {"the library": 8000, "its pictures and exercises": 6000}
 SPACE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

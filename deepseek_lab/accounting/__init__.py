@@ -8,6 +8,7 @@ it is there as soon as it is asked for, and torch with it.
 from importlib import import_module
 
 # Imported at once, and in this order: a function that shares its module's name must be what `accounting.<name>` finds.
+from .compute import decode_flops, forward_flops, training_flops
 from .decode import decode_step, equal_ridge
 from .dispatch import dispatch_bytes, expected_nodes
 from .ledger import Ledger, Line
@@ -20,14 +21,17 @@ __all__ = [
     "Line",
     "MemoryState",
     "checkpoint_elements",
+    "decode_flops",
     "decode_step",
     "dispatch_bytes",
     "equal_ridge",
     "expected_nodes",
+    "forward_flops",
     "kv_cache",
     "measure",
     "parameters",
     "record_step",
+    "training_flops",
     "weights",
 ]
 

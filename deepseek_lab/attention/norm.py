@@ -18,4 +18,5 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        mean = wide.square().sum(-1, keepdim=True) / x.shape[-1]  # the gradient of .mean() would divide every value
+        return (wide * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from . import Exercise, Slip, close, same_letter, same_number
+from . import Exercise, Slip, same_letter, same_number
 
 
 def _turned(pair, angle):
@@ -45,16 +45,20 @@ EXERCISES = {
         agrees=_same_turn,
     ),
     "11.2": Exercise(
-        todo="How many parameters has one routed expert of DeepSeek-V3?",
-        solution=3 * 7168 * 2048,
-        praise="Three matrices of 7168 x 2048: 44,040,192, and DeepSeek-V3 has 256 of them in each of 58 layers.",
+        todo="How many numbers has V3's prediction module that the model does not have already?",
+        solution=11_507_286_272 + 7168 * 14336 + 3 * 7168,
+        praise="A whole layer, a projection and three norms: 11.6 B, 1.7 % of the model.",
         agrees=same_number,
         slips=(
-            Slip(2 * 7168 * 2048, "That is a plain two-matrix network. SwiGLU has a gate beside up and down."),
-            Slip(7168 * 2048, "That is one matrix; an expert has three: gate, up and down."),
-            Slip(3 * 7168 * 18432, "18432 is the width of the dense layers. An expert is 2048 wide."),
+            Slip(
+                11_507_286_272,
+                "That is its layer alone, as README_WEIGHTS.md counts. eh_proj and three norms are new too.",
+            ),
+            Slip(11_507_286_272 + 7168 * 14336, "Three norms are missing: enorm, hnorm and shared_head.norm."),
+            Slip(11_507_286_272 + 7168 * 7168 + 3 * 7168, "eh_proj reads two vectors side by side: 7168 x (2 * 7168)."),
+            Slip(13_463_426_304, "That is what the files hold: embedding and head stand there a second time."),
         ),
-        fallback="Count its matrices (gate, up, down) and multiply by the size of one.",
+        fallback="Add up: a layer of experts, eh_proj of 7168 x 14336, and three norms of 7168.",
     ),
     "11.3": Exercise(
         todo="Which three experts are chosen? Answer with a set such as {1, 2, 3}.",
@@ -71,18 +75,21 @@ EXERCISES = {
         agrees=lambda given, wanted: set(given) == wanted,
     ),
     "11.4": Exercise(
-        todo="How many times smaller is V2-Lite's latent cache than an expanded one?",
-        solution=16 * (192 + 128) / (512 + 64),
-        praise="5,120 values against 576: 8.9 times. With V3's 128 heads the same latent saves 71 times.",
+        todo="Which key of the config was not read? Answer with its name in quotes.",
+        solution="first_k_dense_replace",
+        praise="61 layers of experts instead of 58 make 703.8 B: three networks too many, 256 times.",
+        agrees=lambda given, wanted: str(given).strip() == wanted,
         slips=(
-            Slip(71.1, "That is DeepSeek-V3 with 128 heads. V2-Lite has 16."),
-            Slip(16 * (192 + 128) / 512, "The rope key is cached too: 512 + 64 values."),
-            Slip(16 * 2 * 128 / (512 + 64), "A key has 128 values without and 64 with position: 192 in all."),
-            Slip((512 + 64) / (16 * (192 + 128)), "That is the inverse: how large the latent cache is, not how small."),
-            Slip(0.11, "That is the inverse: how large the latent cache is, not how small."),
+            Slip(
+                "num_nextn_predict_layers",
+                "With the prediction module it would be 682.6 B, or 684.5 B with its copies.",
+            ),
+            Slip("n_shared_experts", "Forgetting the shared experts makes the number smaller, not larger."),
+            Slip("num_hidden_layers", "It did read the 61. But what is in each of them?"),
+            Slip("moe_intermediate_size", "With experts as wide as the dense network it would be nine times as much."),
+            Slip("tie_word_embeddings", "One table more or less is 0.9 B; the number is 32.8 B too large."),
         ),
-        fallback="Expanded: heads x (key width + value width). Latent: latent + rope key. Divide.",
-        agrees=close,
+        fallback="The number is 32.8 B too large: divide that by the parameters of one layer of experts.",
     ),
     "11.5": Exercise(
         todo='Which check catches the leaky router? Answer "a", "b" or "c".',
@@ -90,7 +97,7 @@ EXERCISES = {
         praise="What only chooses must not count: if the bias moves and the choice does not, nothing else may move.",
         slips=(
             Slip("a", "The leaky weights are normalised too, so they add up to the scale as well."),
-            Slip("b", "The leaky router chooses exactly the same experts. What differs is how much they count."),
+            Slip("b", "Before training all biases are 0: what leaks is nothing, and both compute the same."),
         ),
         fallback='Answer with one letter, "a", "b" or "c".',
         agrees=same_letter,

@@ -122,9 +122,8 @@ class ExpertLayer(nn.Module):
         back[order] = torch.arange(len(order), device=order.device)
         sent = Dispatch.apply(x, order, back, choices)
         kept = torch.bincount(experts.flatten(), minlength=count)[:count]  # not `load`: a second thread may be in here
-        answers = self.experts(sent[: len(sent) - gone], kept)
-        if gone:
-            answers = F.pad(answers, (0, 0, 0, gone))  # theirs are zeros
+        # dropped choices get zeros; a slice of everything would still make a gradient of zeros to be filled
+        answers = F.pad(self.experts(sent[:-gone], kept), (0, 0, 0, gone)) if gone else self.experts(sent, kept)
         return Combine.apply(answers, weights, order, back)
 
 

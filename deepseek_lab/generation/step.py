@@ -97,25 +97,22 @@ class CompiledStep:
         memories, length = self._check(tokens, [cache], cache.length)
         (join, norm), layer = self._modules[index], len(self._model.layers) + index
         before = np.ascontiguousarray(states.numpy().swapaxes(0, 1)).reshape(-1, states.shape[-1])
-        x, start = self._kernels.join(before, self._embed(tokens), *join), length
-        if index + 1 == len(self._modules) and len(x) > len(tokens):
-            start, early = length + tokens.shape[1] - 1, len(x) - len(tokens)
-            self._kernels.store(
-                x[:early], *self._attention[layer], self._turns[layer][length:start], memories[0], length
-            )
-            x = x[early:]
-        self._run(layer, x, memories[0], start)
+        x = self._kernels.join(before, self._embed(tokens), *join)
+        last = index + 1 == len(self._modules)
+        x = self._run(layer, x, memories[0], length, len(x) - len(tokens) if last else 0)
         logits, states = self._finish(x, norm, tokens, [cache], memories, length)
         return logits[:, -1], states
 
     def _embed(self, tokens: Tensor) -> np.ndarray:
         """Return [row, hidden], a copy that the kernels add to; rows: the first token of every text, the second, ..."""
-        return self._embedding[tokens.numpy().T.reshape(-1)]
+        return self._embedding.take(tokens.numpy().T.ravel(), axis=0)
 
-    def _run(self, layer: int, x: np.ndarray, memory: np.ndarray, length: int) -> None:
+    def _run(self, layer: int, x: np.ndarray, memory: np.ndarray, length: int, first: int = 0) -> np.ndarray:
+        """Let a layer read all rows of x, and return the rows from `first` on as it leaves them."""
         turns = self._turns[layer][length : length + len(x) // len(memory)]
-        self._kernels.attention(x, *self._attention[layer], turns, memory, length, self._rotary[layer][1])
-        self._feed_forward[layer](x)
+        self._kernels.attention(x, *self._attention[layer], turns, memory, length, self._rotary[layer][1], first)
+        self._feed_forward[layer](x[first:])
+        return x[first:]
 
     def _finish(self, x, norm, tokens: Tensor, caches: list, memories: list, length: int) -> tuple[Tensor, Tensor]:
         """Return logits and states [batch, token, .], and let the caches keep what was written, if it is sound."""
@@ -138,8 +135,8 @@ class CompiledStep:
         if tokens.device.type != "cpu" or min(tokens.shape) > 1:
             raise ValueError(f"a step got tokens of shape {tuple(tokens.shape)} on {tokens.device}; expected one of "
                              "each text [batch, 1], or several of one [1, token], on cpu")  # fmt: skip
-        c, ids, end = self._model.config, tokens.numpy(), length + tokens.shape[1]
-        if end > c.max_position_embeddings or ids.min() < 0 or ids.max() >= c.vocab_size:
+        c, ids, end = self._model.config, tokens.numpy().ravel().tolist(), length + tokens.shape[1]
+        if end > c.max_position_embeddings or min(ids) < 0 or max(ids) >= c.vocab_size:
             self._model._check(tokens, length)  # says what is wrong
         expected = len(tokens), c.latent_width
         memories = []

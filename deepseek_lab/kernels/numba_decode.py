@@ -28,7 +28,7 @@ from .numba_rows import (
 )
 
 # Numba compiles anew where this file changes, and does not look at what it imports: so this line has to change too.
-NUMBA_ROWS = "80ce5eb229628b6b"
+IMPORTED = "fee017bb583e89f6"
 
 kernel = njit(error_model="numpy", cache=True, no_cfunc_wrapper=True)
 
@@ -45,11 +45,11 @@ def absorb(x, norm, q_a, q_norm, q_b, kv_a, kv_norm, rebuild, eps, turns, memory
     for row in range(len(x)):
         slot, turn = memory[row % batch, length + row // batch], turns[row // batch]
         put(slot, 0, latents[row])
-        put(slot, latent, rotate_pairs(joint[row, latent:], turn))
+        rotate_pairs(joint[row, latent:], turn, slot[latent:])
         for head in range(heads):
             own = query[row, head * width : (head + 1) * width]
-            put(out[row, head], 0, weighted_sum(own[:nope], rebuild[head], latent))
-            put(out[row, head], latent, rotate_pairs(own[nope:], turn))
+            weighted_sum(own[:nope], rebuild[head], out[row, head, :latent])
+            rotate_pairs(own[nope:], turn, out[row, head, latent:])
 
 
 @kernel
@@ -66,23 +66,18 @@ def add_values(x, mixed, rebuild, o_proj):
         add(x[row], ONE, answer[row])
 
 
-def store(x, norm, q_a, q_norm, q_b, kv_a, kv_norm, rebuild, o_proj, eps, turns, memory, length):
-    """Write into the memory what `attention` would, and return the queries."""
-    q = np.empty((len(x), len(rebuild), memory.shape[2]), np.float32)
-    absorb(x, norm, q_a, q_norm, q_b, kv_a, kv_norm, rebuild, eps, turns, memory, length, q)
-    return q
-
-
-def attention(x, norm, q_a, q_norm, q_b, kv_a, kv_norm, rebuild, o_proj, eps, turns, memory, length, scale):
+def attention(x, norm, q_a, q_norm, q_b, kv_a, kv_norm, rebuild, o_proj, eps, turns, memory, length, scale, first=0):
     """x [row, hidden] += attention(norm(x)); memory [batch, capacity, latent + rope] is written from `length` on.
 
     Rows: the next token of every text, or the next few of a single one, each of which sees its text up to itself; turns
     [token, pair, (cos, sin)] of their positions. q_a [0, hidden] where the query has no latent, rebuild [head,
-    nope + v, latent]; eps of the three norms.
+    nope + v, latent]; eps of the three norms. Rows before `first` are only written into the memory.
     """
-    q = store(x, norm, q_a, q_norm, q_b, kv_a, kv_norm, rebuild, o_proj, eps, turns, memory, length)
+    q = np.empty((len(x), len(rebuild), memory.shape[2]), np.float32)
+    absorb(x, norm, q_a, q_norm, q_b, kv_a, kv_norm, rebuild, eps, turns, memory, length, q)
     lengths = np.arange(length + 1, length + 1 + len(turns)) if len(memory) == 1 else np.full(len(x), length + 1)
-    add_values(x, attend_memory(q, memory, lengths, scale, rebuild.shape[2]), rebuild, o_proj)
+    mixed = attend_memory(q[first:], memory, lengths[first:], scale, rebuild.shape[2])
+    add_values(x[first:], mixed, rebuild, o_proj)
 
 
 @kernel
@@ -144,8 +139,22 @@ def experts(x, norm, eps, gate, bias, gate_up, down, shared_gate, shared_up, sha
             total += own[expert]
         share = np.float32(factor) / (total + np.float32(1e-20)) if normalise else np.float32(factor)
         for expert in chosen[row]:
+            own[expert] *= share
+    readers, read = np.empty(len(x), np.int64), np.empty_like(h)
+    for expert in range(len(down)):  # its weights are read once for all rows that chose it
+        count = 0
+        for row in range(len(x)):
+            for choice in chosen[row]:
+                if choice == expert:
+                    readers[count] = row
+                    put(read[count], 0, h[row])
+                    count += 1
+        if count > 0:
             gate_e, up_e = gate_up[expert, :width], gate_up[expert, width:]  # [width, hidden]
-            add(answer[row], own[expert] * share, feed_forward(h[row : row + 1], gate_e, up_e, down[expert])[0])
+            answers = feed_forward(read[:count], gate_e, up_e, down[expert])
+            for i in range(count):
+                add(answer[readers[i]], scores[readers[i], expert], answers[i])
+    for row in range(len(x)):
         add(x[row], ONE, answer[row])
 
 

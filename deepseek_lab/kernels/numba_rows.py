@@ -15,6 +15,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .numba_attention import exp
+
 LANES = 16
 FLOAT, WORD = ir.FloatType(), ir.IntType(32)
 VECTOR = ir.VectorType(FLOAT, LANES)
@@ -44,10 +46,11 @@ def block(many: int, rows: int):
             right = [place(x, *args[3:5], r) for r in range(rows)]
             whole, zeros = builder.and_(size, ir.Constant(size.type, -LANES)), ir.Constant(VECTOR, [0.0] * LANES)
             lanes = [cgutils.alloca_once_value(builder, zeros) for _ in range(many * rows)]
-            add_products(builder, lanes, left, right, VECTOR, ir.Constant(size.type, 0), whole)
-            totals = [cgutils.alloca_once_value(builder, total(builder, builder.load(each))) for each in lanes]
-            add_products(builder, totals, left, right, FLOAT, whole, size)
-            for i, each in enumerate(totals):
+            ahead = [place(weight, args[1], size, many + j) for j in range(many)] if many > 1 else []
+            add_products(builder, lanes, left, right, VECTOR, ir.Constant(size.type, 0), whole, ahead)
+            sums = [cgutils.alloca_once_value(builder, each) for each in totals(builder, [*map(builder.load, lanes)])]
+            add_products(builder, sums, left, right, FLOAT, whole, size)
+            for i, each in enumerate(sums):
                 to = place(out, *args[7:], i // many)
                 builder.store(builder.load(each), builder.gep(to, [ir.Constant(size.type, i % many)]))
             return context.get_dummy_value()
@@ -61,24 +64,43 @@ def row_place(builder, array, start, step, row: int):
     return builder.gep(array, [builder.add(start, builder.mul(step, ir.Constant(step.type, row)))])
 
 
-def add_products(builder, sums, left, right, kind, first, last) -> None:
-    """Write the loop that adds left[j][k] right[r][k] to sums[r * len(left) + j], for k from first to last."""
+def add_products(builder, sums, left, right, kind, first, last, ahead=()) -> None:
+    """Write the loop that adds left[j][k] right[r][k] to sums[r * len(left) + j], for k from first to last.
+
+    ahead: what is read after this loop, and is called into the cache beside it.
+    """
     name, step = ("llvm.fmuladd.f32", 1) if kind is FLOAT else (f"llvm.fmuladd.v{LANES}f32", LANES)
     fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
     with cgutils.for_range_slice(builder, first, last, ir.Constant(first.type, step)) as (k, _):
         places = [builder.bitcast(builder.gep(start, [k]), kind.as_pointer()) for start in left + right]
+        for start in ahead:
+            prefetch(builder, builder.gep(start, [k]))
         numbers = [builder.load(place, align=4) for place in places]
         for i, each in enumerate(sums):
             pair = numbers[i % len(left)], numbers[len(left) + i // len(left)]
             builder.store(builder.call(fused, [*pair, builder.load(each)]), each)
 
 
-def total(builder, sums):
-    """The sum of a vector's lanes: l + 8 is added to l, then l + 4, l + 2, l + 1."""
-    for width in (8, 4, 2, 1):
-        halves = [ir.Constant(ir.VectorType(WORD, width), [*range(s, s + width)]) for s in (0, width)]
-        sums = builder.fadd(*(builder.shuffle_vector(sums, sums, half) for half in halves))
-    return builder.extract_element(sums, ir.Constant(WORD, 0))
+def prefetch(builder, place) -> None:
+    """Ask for what lies there, which may be behind the end of its array."""
+    kind = ir.FunctionType(ir.VoidType(), [place.type, WORD, WORD, WORD])
+    how = [ir.Constant(WORD, number) for number in (0, 3, 1)]  # to read it, into every cache, as data
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [place, *how])
+
+
+def totals(builder, vectors) -> list:
+    """The sum of each vector's lanes: l + 8 is added to l, then l + 4, l + 2, l + 1.
+
+    Two vectors of which halves are left fit into one, so that the next addition serves both.
+    """
+    half, count = LANES // 2, len(vectors)
+    while half:
+        low = [lane for group in range(0, 2 * LANES, 2 * half) for lane in range(group, group + half)]
+        picks = [ir.Constant(ir.VectorType(WORD, LANES), [lane + up for lane in low]) for up in (0, half)]
+        pairs = [(a, vectors[min(i + 1, len(vectors) - 1)]) for i, a in enumerate(vectors) if i % 2 == 0]
+        vectors = [builder.fadd(*(builder.shuffle_vector(*pair, pick) for pick in picks)) for pair in pairs]
+        half //= 2
+    return [builder.extract_element(vectors[0], ir.Constant(WORD, i)) for i in range(count)]
 
 
 single, four, four_by_two = block(1, 1), block(4, 1), block(4, 2)
@@ -109,9 +131,10 @@ def product(weight, x):
 
 
 @helper
-def weighted_sum(weights, rows, width):
-    """Sum of weights[k] * rows[k, :width] -> [width], four rows at a time so that the sum stays in registers."""
-    out, whole = np.zeros(width, np.float32), weights.size // 4 * 4
+def weighted_sum(weights, rows, out):
+    """out[:] = sum of weights[k] * rows[k, : len(out)], four rows at a time so that the sum stays in registers."""
+    width, whole = out.size, weights.size // 4 * 4
+    out[:] = 0
     for k in range(0, whole, 4):
         a, b, c, d = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
         for j in range(width):
@@ -119,7 +142,6 @@ def weighted_sum(weights, rows, width):
     for k in range(whole, weights.size):
         for j in range(width):
             out[j] += weights[k] * rows[k, j]
-    return out
 
 
 @helper
@@ -136,15 +158,13 @@ def rms_norm(x, weight, eps):
 
 
 @helper
-def rotate_pairs(x, turn):
-    """Turn the pairs (x0, x1), (x2, x3), ... by turn [pair, (cos, sin)] -> as x."""
-    out = np.empty(x.size, np.float32)
+def rotate_pairs(x, turn, out):
+    """out[:] = x with its pairs (x0, x1), (x2, x3), ... turned by turn [pair, (cos, sin)]."""
     for pair in range(turn.shape[0]):
         cos, sin = turn[pair, 0], turn[pair, 1]
         real, imaginary = x[2 * pair], x[2 * pair + 1]
         out[2 * pair] = real * cos - imaginary * sin
         out[2 * pair + 1] = real * sin + imaginary * cos
-    return out
 
 
 @helper
@@ -173,7 +193,8 @@ def feed_forward(h, gate, up, down):
     g, u = product(gate, h), product(up, h)
     for row in range(g.shape[0]):
         for j in range(g.shape[1]):
-            g[row, j] = g[row, j] / (ONE + np.exp(-g[row, j])) * u[row, j]
+            small = exp(-abs(g[row, j]))
+            g[row, j] *= (ONE if g[row, j] >= 0 else small) / (ONE + small) * u[row, j]
     return product(down, g)
 
 

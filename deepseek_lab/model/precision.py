@@ -22,8 +22,9 @@ from ..experts import Router
 from ..experts.layer import Experts, grouped_linear
 from ..precision import BLOCK, BlockScaled, Fp8Linear, PrecisionPolicy
 from ..precision import linear as narrow
-from ..precision.matmul import without_autocast
 from ..precision.policy import checked
+
+ROWS = 32  # torch on a CPU prepares a BF16 product for each shape it meets, which takes longer than to compute it
 
 
 def apply_policy(model: nn.Module, policy: PrecisionPolicy) -> nn.Module:
@@ -108,28 +109,59 @@ class _GroupedProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weights: Tensor, ends: Tensor, policy: PrecisionPolicy) -> Tensor:
+        ctx.policy, ctx.ends, ctx.shape, ctx.dtypes = policy, ends, weights.shape, (x.dtype, weights.dtype)
+        x, aligned = _align(x, ends, policy)
         kept = narrow.narrow(x, "tile", policy), narrow.narrow_weight(weights.flatten(0, 1), "block", policy)
         narrow.keep(ctx, *kept)
-        ctx.policy, ctx.ends, ctx.shape, ctx.dtypes = policy, ends, weights.shape, (x.dtype, weights.dtype)
-        wide = narrow.wide(kept[0]), narrow.wide(kept[1]).view(weights.shape)
-        return without_autocast(grouped_linear, *wide, ends).to(x.dtype)
+        y = narrow.multiply(lambda x, w: grouped_linear(x, w.view(ctx.shape), aligned), *kept, policy)
+        return _close(y, aligned, ends, ctx.dtypes[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         (x, weights), policy = narrow.kept(ctx), ctx.policy
+        gradient, aligned = _align(gradient, ctx.ends, policy)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dy = narrow.narrow_gradient(gradient, policy)
-            turned = narrow.wide(weights).view(ctx.shape).transpose(1, 2)  # [expert, in, out]
-            dx = without_autocast(grouped_linear, narrow.wide(dy), turned, ctx.ends).to(ctx.dtypes[0])
+
+            def back(dy: Tensor, weights: Tensor) -> Tensor:
+                return grouped_linear(dy, weights.view(ctx.shape).transpose(1, 2), aligned)  # [expert, in, out]
+
+            dx = narrow.multiply(back, narrow.narrow_gradient(gradient, policy), weights, policy)
+            dx = _close(dx, aligned, ctx.ends, ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             dw = gradient.new_empty(ctx.shape, dtype=ctx.dtypes[1])
-            sizes = _sizes(ctx.ends)
+            sizes = _sizes(aligned)
             for out, part, slots in zip(dw, gradient.split(sizes), _split(x, sizes), strict=True):
                 dy = narrow.narrow_gradient(part, policy, along="tokens")
                 out.copy_(narrow.weight_product(dy, narrow.along_tokens(slots, policy), policy))
         return dx, dw, None, None
+
+
+def _align(x: Tensor, ends: Tensor, policy: PrecisionPolicy) -> tuple[Tensor, Tensor]:
+    """Return rows in BF16, each expert's with zeros behind up to a multiple of ROWS, and where each ends then.
+
+    Other rows than the processor's own BF16 products take stay as they are.
+    """
+    if not narrow.runs_in_bf16(x, policy):
+        return x, ends
+    sizes = _sizes(ends)
+    aligned = [-(-size // ROWS) * ROWS for size in sizes]
+    out = x.new_zeros(sum(aligned), x.shape[1], dtype=torch.bfloat16)
+    for place, part in zip(out.split(aligned), x.split(sizes), strict=True):
+        place[: len(part)] = part
+    return out, ends.new_tensor(aligned).cumsum(0, dtype=ends.dtype)
+
+
+def _close(y: Tensor, aligned: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows that `_align` moved apart, one after another again."""
+    if aligned is ends:
+        return y.to(dtype)
+    sizes = _sizes(ends)
+    out = y.new_empty(sum(sizes), y.shape[1], dtype=dtype)
+    for place, part in zip(out.split(sizes), y.split(_sizes(aligned)), strict=True):
+        place.copy_(part[: len(place)])
+    return out
 
 
 def _sizes(ends: Tensor) -> list[int]:

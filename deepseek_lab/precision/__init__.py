@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "formats": ["BF16", "E4M3", "E5M2", "FORMATS", "FP16", "FP32", "TF32", "FloatFormat", "decode", "encode",
                     "find_format", "round_to"],
         "linear": ["Fp8Linear"],
-        "matmul": ["fp8_matmul"],
+        "matmul": ["fast_bf16", "fp8_matmul"],
         "policy": ["PrecisionPolicy"],
         "rounding": ["Code", "Rounded", "round_number", "worst_errors"],
         "scaling": ["BLOCK", "BlockScaled", "quantize", "quantize_blocks", "quantize_tensor", "quantize_tiles"],

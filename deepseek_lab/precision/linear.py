@@ -10,11 +10,13 @@ Source: DeepSeek-V3 report, sections 3.3.1 to 3.3.3. A `PrecisionPolicy` holds t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .matmul import fp8_matmul, without_autocast
+from .matmul import fast_bf16, fp8_matmul, without_autocast
 from .policy import PrecisionPolicy, checked
 from .scaling import BLOCK, BlockScaled, quantize
 
@@ -77,6 +79,7 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         (x, weight), policy = kept(ctx), ctx.policy
+        gradient = gradient.bfloat16() if policy.products == "bf16" else gradient  # once for both products
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = input_product(narrow_gradient(gradient, policy), weight, policy).to(ctx.dtypes[0])
@@ -90,24 +93,37 @@ class _Products(torch.autograd.Function):
 
 
 def output_product(x: Narrow, weight: Narrow, policy: PrecisionPolicy) -> Tensor:
-    """x W^T: [token, in], [out, in] -> [token, out] float32."""
-    if policy.accumulator == "h800" and policy.products == "fp8":
-        return fp8_matmul(x, weight, "h800", policy.promote_every)
-    return without_autocast(torch.matmul, wide(x), wide(weight).T)
+    """x W^T: [token, out] from [token, in] and [out, in]."""
+    return multiply(lambda x, weight: x @ weight.T, x, weight, policy, lambda x, weight: (x, weight))
 
 
 def input_product(gradient: Narrow, weight: Narrow, policy: PrecisionPolicy) -> Tensor:
-    """dy W: [token, out], [out, in] -> [token, in] float32."""
-    if policy.accumulator == "h800" and policy.products == "fp8":
-        return fp8_matmul(gradient, weight.T, "h800", policy.promote_every)
-    return without_autocast(torch.matmul, wide(gradient), wide(weight))
+    """dy W: [token, in] from [token, out] and [out, in]."""
+    return multiply(torch.matmul, gradient, weight, policy, lambda dy, weight: (dy, weight.T))
 
 
 def weight_product(gradient: Narrow, x: Narrow, policy: PrecisionPolicy) -> Tensor:
-    """dy^T x: [token, out], [token, in] -> [out, in] float32, summed over the tokens."""
+    """dy^T x: [out, in], summed over the tokens, from [token, out] and [token, in]."""
+    return multiply(lambda dy, x: dy.T @ x, gradient, x, policy, lambda dy, x: (dy.T, x.T))
+
+
+def multiply(product: Callable, a: Narrow, b: Narrow, policy: PrecisionPolicy, rows: Callable | None = None) -> Tensor:
+    """Return product(a, b) in the policy's `outputs`, added up in float32, or as an H800 does.
+
+    rows: what makes of a and b the two matrices whose rows an H800 multiplies, for policies with its accumulator.
+    """
     if policy.accumulator == "h800" and policy.products == "fp8":
-        return fp8_matmul(gradient.T, x.T, "h800", policy.promote_every)
-    return without_autocast(torch.matmul, wide(gradient).T, wide(x))
+        y = fp8_matmul(*rows(a, b), "h800", policy.promote_every)
+    elif runs_in_bf16(a, policy):
+        y = without_autocast(product, a, b)
+    else:
+        y = without_autocast(product, wide(a), wide(b))
+    return y.bfloat16() if policy.outputs == "bf16" else y
+
+
+def runs_in_bf16(a: Narrow, policy: PrecisionPolicy) -> bool:
+    """Whether the processor's own BF16 products are taken: where they give what the policy asks for, and faster."""
+    return policy.products == policy.outputs == "bf16" and (a.device.type != "cpu" or fast_bf16())
 
 
 # Narrow and wide again ---------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ _CHOICES = {
     "scale": ("fp32", "ue8m0"),
     "accumulator": ("fp32", "h800"),
     "promote_every": (32, 64, 128, None),
+    "outputs": ("fp32", "bf16"),
 }
 
 
@@ -34,6 +35,9 @@ class PrecisionPolicy:
         over, a "block" of 128 x 128, or the whole "tensor".
     gradient_format: E4M3 or E5M2 for gradients; activations and weights are E4M3.
     scale: "fp32", or "ue8m0" for powers of two. accumulator, promote_every: as in `fp8_matmul`.
+    outputs: what the products give. "fp32" is the sum itself; "bf16" rounds it, as training in BF16 usually does. Only
+        then can BF16 products run on the BF16 instructions of a processor, which they do wherever that is faster
+        (`fast_bf16`): the choice moves no more than the order of a sum, and so now and then the last bit.
     wide: the places that are left alone, of "embedding", "head", "gate", "norms" and "attention core".
     Raises ValueError for unknown names and for rules that cannot go together.
     """
@@ -46,6 +50,7 @@ class PrecisionPolicy:
     scale: str = "fp32"
     accumulator: str = "fp32"
     promote_every: int | None = 128
+    outputs: str = "fp32"
     wide: frozenset[str] = frozenset(PLACES)
 
     def __post_init__(self):

@@ -9,8 +9,10 @@ from .bit_explorer import BitExplorer, bit_explorer
 from .cache_race import cache_race
 from .memory_bar import MemoryBar, memory_bar
 from .memory_timeline import memory_timeline
+from .model_map import ModelMap, model_map
 from .outlier_explorer import outlier_explorer
 from .paged_cache import paged_cache
+from .speculation_viewer import speculation_viewer
 from .token_router import TokenRouter, token_router
 from .traffic_map import traffic_map
 from .training_replay import training_replay
@@ -18,6 +20,7 @@ from .training_replay import training_replay
 __all__ = [
     "BitExplorer",
     "MemoryBar",
+    "ModelMap",
     "PictureWidget",
     "TokenRouter",
     "absorption_explorer",
@@ -27,8 +30,10 @@ __all__ = [
     "cache_race",
     "memory_bar",
     "memory_timeline",
+    "model_map",
     "outlier_explorer",
     "paged_cache",
+    "speculation_viewer",
     "token_router",
     "traffic_map",
     "training_replay",

@@ -8,7 +8,7 @@ import rounds
 def pytest_terminal_summary(terminalreporter):
     if not rounds.TABLE:
         return
-    terminalreporter.section(f"{processor()}, one thread, median of the ratios within a round")
+    terminalreporter.section(f"{processor()}, median of the ratios within a round")
     terminalreporter.write_line(f"{'what':36}{'against':28}{'measured':>10}{'at most':>10}{'aim':>10}")
     for what, against, *numbers in rounds.TABLE:
         terminalreporter.write_line(f"{what:36}{against:28}" + "".join(f"{number:10.3g}" for number in numbers))

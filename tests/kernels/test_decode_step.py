@@ -16,7 +16,7 @@ import deepseek_lab as lab
 from deepseek_lab import generation
 from deepseek_lab.generation import generate, step
 from deepseek_lab.generation.step import CompiledStep, ModelStep, decode_step
-from deepseek_lab.kernels import numba_decode, numba_rows
+from deepseek_lab.kernels import numba_attention, numba_decode, numba_rows
 
 YARN = lab.RopeScaling("yarn", 4.0, 16, 32.0, 1.0, 0.707, 1.0)
 V3 = lab.ModelConfig(
@@ -350,9 +350,10 @@ def test_compiling_ahead_leaves_nothing_to_compile(tmp_path):
 
 
 def test_the_kernels_are_compiled_anew_when_what_they_call_has_changed():
-    """Numba's cache looks at the file of a kernel alone, so that file names the hash of the one it imports."""
-    source = pathlib.Path(numba_rows.__file__).read_bytes()
-    assert hashlib.sha256(source).hexdigest().startswith(numba_decode.NUMBA_ROWS), "put the new hash in numba_decode.py"
+    """Numba's cache looks at the file of a kernel alone, so that file names the hash of what it imports."""
+    sources = b"".join(pathlib.Path(file.__file__).read_bytes() for file in (numba_rows, numba_attention))
+    found = hashlib.sha256(sources).hexdigest()
+    assert found.startswith(numba_decode.IMPORTED), "put the new hash in numba_decode.py"
 
 
 def test_importing_the_model_and_generation_does_not_import_numba():

@@ -15,7 +15,10 @@ from deepseek_lab.precision import (
     FloatFormat,
     Fp8Linear,
     PrecisionPolicy,
+    fast_bf16,
     fp8_matmul,
+    linear,
+    matmul,
     quantize,
     quantize_blocks,
     quantize_tensor,
@@ -99,6 +102,40 @@ def test_bf16_products_read_bf16_and_add_in_float32():
     assert torch.equal(y, x @ weight.T) and torch.equal(dx, dy @ weight) and torch.equal(dw, dy.T @ x)
 
 
+@pytest.mark.parametrize("rules", [{"products": "bf16"}, {}, {"accumulator": "h800"}], ids=["bf16", "fp8", "h800"])
+def test_outputs_in_bf16_are_the_same_sums_rounded(rules, monkeypatch):
+    monkeypatch.setattr(linear, "fast_bf16", lambda: False)
+    sums = three_products(*operands(), V3.replace(**rules))
+    rounded = three_products(*operands(), V3.replace(**rules, outputs="bf16"))
+    assert all(torch.equal(ours, exact.bfloat16().float()) for ours, exact in zip(rounded, sums, strict=True))
+
+
+def test_the_processors_own_bf16_products_differ_in_the_order_of_the_sum_alone(monkeypatch):
+    """Where two orders lie on two sides of a tie, the last bit of eight tips: seldom, unless sums are kept in BF16."""
+    found = []
+    for fast in (False, True):
+        monkeypatch.setattr(linear, "fast_bf16", lambda fast=fast: fast)
+        found.append(three_products(*operands(600), PrecisionPolicy(products="bf16", outputs="bf16")))
+    for ours, theirs in zip(*found, strict=True):
+        largest = theirs.abs().max()
+        assert (ours != theirs).float().mean() < 0.01 and (ours - theirs).abs().max() < 2.0**-7 * largest
+
+
+def test_only_bf16_products_with_bf16_outputs_take_the_processors_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(linear, "fast_bf16", lambda: True)
+    monkeypatch.setattr(linear, "without_autocast", lambda product, a, b: taken.append(a.dtype) or product(a, b))
+    for products, outputs in (("fp8", "bf16"), ("bf16", "fp32"), ("bf16", "bf16")):
+        three_products(*operands(), V3.replace(products=products, outputs=outputs))
+    assert taken == 6 * [torch.float32] + 3 * [torch.bfloat16]
+
+
+def test_how_fast_bf16_is_is_measured_once(monkeypatch):
+    fast = fast_bf16()
+    monkeypatch.setattr(matmul, "timeit", None)
+    assert isinstance(fast, bool) and fast_bf16() is fast
+
+
 def test_fp32_products_are_those_of_a_plain_layer():
     x, weight, dy = operands()
     x, weight = x.requires_grad_(), weight.requires_grad_()
@@ -134,6 +171,7 @@ CHANGES = {
     "accumulator": ("h800", {"y", "dx", "dw"}),
     "promote_every": (32, set()),  # nothing without the H800's accumulator
     "products": ("bf16", {"y", "dx", "dw"}),
+    "outputs": ("bf16", {"y", "dx", "dw"}),
     "wide": ((), set()),  # a linear layer is none of the places
 }
 
@@ -198,8 +236,6 @@ def test_master_weights_and_their_gradients_stay_in_float32():
 
 
 def test_the_weight_is_quantised_once_for_both_products(monkeypatch):
-    from deepseek_lab.precision import linear
-
     tiles = []
 
     def counting(x, tile, *args, **kwargs):
