@@ -20,7 +20,7 @@ COURSE: dict[str, tuple[str, ...]] = {
     "VII  What came next": ("20 sparse attention", "21 compressed attention", "22 a real model"),
 }  # fmt: skip
 #: Notebooks that can be opened today.
-READY = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12")
+READY = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13")
 _COLUMNS, _ROW = 4, 0.165
 
 
