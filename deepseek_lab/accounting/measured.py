@@ -1,7 +1,7 @@
 """What is really in memory: bytes of live tensors by part, now or through a whole training step.
 
 weights         parameters and buffers
-narrow weights  copies of weights in eight or sixteen bits, saved for the backward pass
+narrow weights  copies of weights that a precision policy makes and saves for the backward pass, in 8 or 16 bits
 gradients       what parameters have in `.grad`
 moments         what an optimiser keeps in the shape of a parameter
 activations     whatever else the step has saved for the backward pass
@@ -9,7 +9,8 @@ cache           buffers of key-value caches, their room for further tokens inclu
 workspace       whatever else the step has made and not let go, tensors that are computed again among it
 
 Bytes are those of whole storages, each once, however many tensors look at it. Not seen is what an operation takes and
-gives back within itself; on a GPU the allocator's own figures stand beside. Nothing here knows a prediction.
+gives back within itself, nor a graph that was built before the step. On a GPU the allocator's own figures stand beside.
+The running mean of the weights, `model.average`, is in the CPU's memory and no part. Nothing here knows a prediction.
 """
 
 from __future__ import annotations
@@ -96,11 +97,9 @@ def record_step(model: nn.Module, step: Callable[[], object], caches: Iterable =
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     recorder = Recorder(model, caches)
-    with recorder.listening(model):
+    with recorder.listening():
         step()
         recorder.note()
-    stats = torch.cuda.memory_stats() if cuda else {}
-    allocator = {
-        "before": before, "peak": stats["allocated_bytes.all.peak"], "reserved": stats["reserved_bytes.all.peak"],
-    } if cuda else {}  # fmt: skip
+    peaks = {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    allocator = {"before": before, **peaks} if cuda else {}
     return Timeline(tuple(recorder.moments), sum(p.numel() for p in model.parameters()), recorder.cost, allocator)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as optimisers
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 PARTS = ("weights", "narrow weights", "gradients", "moments", "activations", "cache", "workspace")
 _SAVED, _OTHER = ("narrow weights", "activations"), "workspace"
@@ -41,15 +42,9 @@ class Recorder(TorchDispatchMode):
         self.parts, self.sizes, self.totals = {}, {}, dict.fromkeys(PARTS, 0)
         self.alive, self.saved = {}, Counter()
         self.label, self.within, self.moments, self.optimising = "start", [], [], False
-        found = gc.get_objects()
-        own = {id(p) for p in model.parameters()}
-        self.optimizers = [
-            o for o in found if issubclass(type(o), torch.optim.Optimizer)
-            and own & {id(p) for group in o.param_groups for p in group["params"]}
-        ]  # fmt: skip
-        for part, tensors in standing(model, self.optimizers, caches).items():
-            for tensor in tensors:
-                self.put(tensor, part)
+        self.model, self.caches, found = model, list(caches), gc.get_objects()
+        self.optimizers = [o for o in found if issubclass(type(o), torch.optim.Optimizer) and self.moved_by(o)]
+        self.settle()
         for tensor in found:  # what others hold is none of the step's
             if issubclass(type(tensor), Tensor) and tensor.layout == torch.strided:
                 self.meet(tensor, None)
@@ -64,7 +59,7 @@ class Recorder(TorchDispatchMode):
         self.cost += time.perf_counter() - entered
         out = func(*args, **(kwargs or {}))
         done = time.perf_counter()
-        for tensor in _tensors((args, out)):
+        for tensor in _tensors((args, kwargs, out)):
             self.meet(tensor, _OTHER)
         self.note(done)
         self.cost += time.perf_counter() - done
@@ -73,16 +68,26 @@ class Recorder(TorchDispatchMode):
     # Storages ------------------------------------------------------------------------------------------------------
 
     def meet(self, tensor: Tensor, part: str | None) -> int:
-        """Follow the tensor's storage if it is new; return its key."""
-        key = storage_key(tensor)
+        """Follow the tensor's storage if it is new, and its size; return its key."""
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
         if key not in self.parts:
-            storage = tensor.untyped_storage()
-            self.parts[key], self.sizes[key] = None, storage.nbytes()
+            self.parts[key], self.sizes[key] = part, 0
             self.alive[key] = weakref.ref(storage, partial(self.forget, key))
-            self.move(key, part)
+        grown = storage.nbytes() - self.sizes[key]
+        self.sizes[key] += grown
+        if self.parts[key] is not None:
+            self.totals[self.parts[key]] += grown
         return key
 
-    def put(self, tensor: Tensor, part: str) -> None:
+    def settle(self) -> None:
+        """Say of all that stands between two steps what it is."""
+        for part, tensors in standing(self.model, self.optimizers, self.caches).items():
+            for tensor in tensors:
+                self.put(tensor, part)
+        for mean in _tensors(vars(self.model).get("average")):
+            self.put(mean, None)
+
+    def put(self, tensor: Tensor, part: str | None) -> None:
         """Say for good what a storage is; what the parameters share stays theirs."""
         key = self.meet(tensor, part)
         if self.parts[key] in (*_SAVED, _OTHER):
@@ -114,11 +119,10 @@ class Recorder(TorchDispatchMode):
     # Moments -------------------------------------------------------------------------------------------------------
 
     def note(self, now: float | None = None) -> None:
-        """Write down where memory stands."""
-        if self.optimising:
-            for tensor in _moments(self.optimizers):
-                self.put(tensor, "moments")
+        """Write down where memory stands; now: when an operation ended, nothing between two stretches."""
         seconds = (now or time.perf_counter()) - self.began - self.cost
+        if now is None or self.optimising:
+            self.settle()
         self.moments.append(Moment(self.label, seconds, dict(self.totals)))
 
     def begin(self, label: str) -> None:
@@ -126,8 +130,12 @@ class Recorder(TorchDispatchMode):
             self.note()
         self.label = label
 
+    def moved_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(id(p) in moved for p in self.model.parameters())
+
     def optimise(self, begins: bool, optimizer: torch.optim.Optimizer, *_) -> None:
-        if optimizer not in self.optimizers:
+        if optimizer not in self.optimizers and self.moved_by(optimizer):
             self.optimizers.append(optimizer)
         self.note()
         self.optimising = begins
@@ -144,12 +152,12 @@ class Recorder(TorchDispatchMode):
             tensor.register_hook(lambda _: self.begin(f"backward {name}"))
 
     @contextlib.contextmanager
-    def listening(self, model: nn.Module) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         handles = []
-        for name, module in _places(model):
+        for name, module in _places(self.model):
             handles.append(module.register_forward_pre_hook(partial(self.forward, name)))
             handles.append(module.register_forward_hook(partial(self.forward, name)))
-        for parameter in model.parameters():
+        for parameter in self.model.parameters():
             if parameter.requires_grad:
                 hook = parameter.register_post_accumulate_grad_hook(lambda p: self.put(p.grad, "gradients"))
                 handles.append(hook)
@@ -187,7 +195,7 @@ def standing(model: nn.Module, optimizers: Iterable, caches: Iterable) -> dict[s
 def _moments(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[Tensor]:
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
-            yield from (t for t in _tensors(list(state.values())) if t.numel() == parameter.numel() and t.dim())
+            yield from (t for t in _tensors(dict(state)) if t.numel() == parameter.numel() and t.dim())
 
 
 def _held(thing: object) -> Iterator[Tensor]:
@@ -202,11 +210,7 @@ def _held(thing: object) -> Iterator[Tensor]:
 
 
 def _tensors(nest: object) -> Iterator[Tensor]:
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, list | tuple):
-        for part in nest:
-            yield from _tensors(part)
+    return (leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor))
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -53,8 +53,8 @@ def load_hf(directory: str | Path, dtype: torch.dtype | str = torch.float32) -> 
     config = ModelConfig.from_hf(directory)
     check_quantization(directory)
     found = headers(directory)
-    config = without_lost_modules(config, found)
     check_sizes(directory, config, found)
+    config = without_lost_modules(config, found)
     places = published_layout(config)
     check_names(directory, config, places, found)
     with torch.device("meta"):
@@ -90,11 +90,8 @@ def save_hf(model: Transformer, directory: str | Path, dtype: str = "fp32", max_
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + size > max_shard_bytes:
             shards.append({})
         shards[-1].update(tensors)
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
+    many = len(shards)
+    names = [f"model-{i + 1:05}-of-{many:05}.safetensors" for i in range(many)] if many > 1 else [SINGLE]
     config = model.config.to_hf()
     if dtype == "fp8":
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
@@ -103,15 +100,14 @@ def save_hf(model: Transformer, directory: str | Path, dtype: str = "fp32", max_
         name: lambda path, tensors=tensors: save_file(tensors, path, metadata={"format": "pt"})
         for name, tensors in zip(names, shards, strict=True)
     }
-    if len(shards) > 1:
+    if many > 1:
         where = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
         total = sum(t.nbytes for tensors in shards for t in tensors.values())
         writers[INDEX] = json_writer({"metadata": {"total_size": total}, "weight_map": where})
     writers["config.json"] = json_writer(config)
     write_whole(directory, writers)
-    keep = {*names, *([INDEX] if len(shards) > 1 else [])}
     for old in directory.iterdir():  # what an earlier save left, and nothing else
-        if old.name not in keep and (old.name in (SINGLE, INDEX) or SHARD.fullmatch(old.name)):
+        if old.name not in writers and (old.name in (SINGLE, INDEX) or SHARD.fullmatch(old.name)):
             old.unlink()
 
 

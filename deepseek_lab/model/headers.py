@@ -77,7 +77,8 @@ def headers(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
 
 def without_lost_modules(config: ModelConfig, found: dict) -> ModelConfig:
     """Return the config of what is there: models saved by others often still name modules that were left out."""
-    held = any(name.startswith(prefix) for prefix in module_prefixes(config, 1) for name in found)
+    modules = tuple(module_prefixes(config))
+    held = any(name.startswith(modules) for name in found)
     return config if held else config.replace(num_nextn_predict_layers=0)
 
 

@@ -47,10 +47,9 @@ def published_copies(config: ModelConfig) -> dict[str, str]:
     return {prefix + name: own for prefix in module_prefixes(config) for name, own in copies.items()}
 
 
-def module_prefixes(config: ModelConfig, most: int | None = None) -> list[str]:
-    """Return how the published names of each prediction module's tensors begin; of `most` modules at most."""
-    count = config.num_nextn_predict_layers if most is None else min(most, config.num_nextn_predict_layers)
-    return [f"model.layers.{config.num_hidden_layers + k}." for k in range(count)]
+def module_prefixes(config: ModelConfig) -> list[str]:
+    """Return how the published names of each prediction module's tensors begin."""
+    return [f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers)]
 
 
 def _published(name: str, config: ModelConfig) -> str:
@@ -63,15 +62,12 @@ def _published(name: str, config: ModelConfig) -> str:
 
 def _expert_places(name: str, shape: tuple[int, ...], config: ModelConfig):
     prefix, kind = _published(name, config).rsplit(".", 1)
-    width = config.moe_intermediate_size
-    if kind == "down_proj":
-        parts = {"down_proj": slice(None)}
-    else:
-        parts = {"gate_proj": slice(0, width), "up_proj": slice(width, 2 * width)}
+    parts = ["down_proj"] if kind == "down_proj" else ["gate_proj", "up_proj"]  # one above the other
+    height = shape[1] // len(parts)
     for expert in range(shape[0]):
-        for part, rows in parts.items():
-            size = (shape[1] if kind == "down_proj" else width, shape[2])
-            yield f"{prefix}.{expert}.{part}.weight", Place(name, (expert, rows), size, True)
+        for number, part in enumerate(parts):
+            rows = slice(number * height, (number + 1) * height)
+            yield f"{prefix}.{expert}.{part}.weight", Place(name, (expert, rows), (height, shape[2]), True)
 
 
 def check_whole(model: Transformer) -> None:

@@ -73,13 +73,11 @@ def multi_token_loss(model: Transformer, batch: Tensor) -> tuple[Tensor, tuple[T
     A module's loss is the sum over its predictions by the number of tokens, of which it lacks the last k: equation 24.
     What is trained on is `weighted_loss` of the two.
     """
-    logits = multi_token_logits(model, batch[:, :-1])
-    main = F.cross_entropy(logits[0].flatten(0, 1).float(), batch[:, 1:].flatten())
-    count = batch[:, 1:].numel()
-    further = [
-        F.cross_entropy(part.flatten(0, 1).float(), batch[:, 1 + depth :].flatten(), reduction="sum") / count
-        for depth, part in enumerate(logits[1:], start=1)
-    ]
+    main, *further = (
+        F.cross_entropy(part.flatten(0, 1).float(), batch[:, 1 + depth :].flatten(), reduction="sum")
+        / batch[:, 1:].numel()
+        for depth, part in enumerate(multi_token_logits(model, batch[:, :-1]))
+    )
     return main, tuple(further)
 
 

@@ -3,11 +3,13 @@
 What a half of a layer keeps is its input and the products that would take long to do again; all that lies between them
 goes, and is made anew from these when the gradient arrives:
 
-norms           every RMSNorm, those of the latents too, and with the layer's norms the copies of their output that
-                are sent to the experts
+norms           those before attention, feed-forward layers and the head, those of the latents too, and with them the
+                copies of their output that are sent to the experts
 up-projections  queries, keys and values from their latents (q_b_proj, kv_b_proj), with their positions
 swiglu          silu(gate) * up, in dense layers and in every expert, and from it the experts' answers, which the
                 gradient of their weights reads
+
+Hooks run the second time too, and draw the same random numbers. Weights must not change in between.
 
 Source: DeepSeek-V3 report, section 3.2.3 (norms, up-projections) and 3.3.3 (SwiGLU).
 """
@@ -15,11 +17,13 @@ Source: DeepSeek-V3 report, section 3.2.3 (norms, up-projections) and 3.3.3 (Swi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 RECOMPUTABLE = ("norms", "up-projections", "swiglu")
@@ -55,32 +59,34 @@ def after_norm(norm: nn.Module, work: nn.Module, x: Tensor, names: frozenset[str
     again = _LAST | (_UP if "up-projections" in names else set())
     passing = [module for name, module in work.named_modules() if name.rpartition(".")[2] in again] or [work]
     answers = x.shape[-1] if own == "swiglu" and own in names else 0
+    shelf = _Shelf(kept, [norm, *passing], answers, [norm, work])
     if "norms" not in names:
-        return _stretch(lambda h: work(h, *rest, **named), norm(x), _Shelf(kept, passing, answers))
-    return _stretch(lambda x: work(norm(x), *rest, **named), x, _Shelf(kept, [norm, *passing], answers))
+        return _stretch(lambda h: work(h, *rest, **named), norm(x), shelf)
+    return _stretch(lambda x: work(norm(x), *rest, **named), x, shelf)
 
 
 def _stretch(run: Callable[[Tensor], Tensor], x: Tensor, shelf: _Shelf) -> Tensor:
     """Return run(x), of which only x and what is on the shelf are kept for the gradient."""
     modes = _Keeping(shelf), _Replaying(shelf)
-    y = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: modes)
-    leaves, shelf.shape = tree_flatten(shelf.take())
-    return _Hold.apply(y, shelf, *leaves)
+    y = checkpoint(run, x, use_reentrant=False, context_fn=lambda: modes)
+    return _Hold.apply(y, shelf, *shelf.take())
 
 
 class _Shelf:
     """Results of the operations named `kept`, in the order of their making.
 
-    Except those within `passing` modules, and products [..., answers].
+    Except those within `passing` modules, and products [..., answers]. used: the modules that do the work.
     """
 
-    def __init__(self, kept: set[str], passing: list[nn.Module], answers: int):
-        self.kept, self.passing, self.answers, self.results, self.within = kept, passing, answers, [], 0
+    def __init__(self, kept: set[str], passing: list[nn.Module], answers: int, used: list[nn.Module]):
+        self.kept, self.passing, self.answers, self.used, self.results = kept, passing, answers, used, []
+        self.weights = self._versions()
 
     def take(self) -> list:
         """Hand out what lies here, and forget it."""
-        results, self.results = self.results, []
-        return results
+        leaves, self.shape = tree_flatten(self.results)
+        self.results = []
+        return leaves
 
     def wants(self, func, args: tuple) -> bool:
         name = func.overloadpacket.__name__
@@ -88,14 +94,28 @@ class _Shelf:
             return False
         return name in self.kept or name.startswith("_scaled_dot_product")
 
-    def watch(self) -> list:
-        """Listen to what `passing` modules begin and end; return the hooks."""
-        self.within = 0
-        begin = [module.register_forward_pre_hook(lambda *_: self._step(1)) for module in self.passing]
-        return begin + [module.register_forward_hook(lambda *_: self._step(-1)) for module in self.passing]
+    def holds(self, x: object) -> bool:
+        """Whether a tensor shares its memory with what lies here."""
+        tensors = [t for t in tree_leaves(self.results) if isinstance(t, Tensor)] if isinstance(x, Tensor) else []
+        return any(t.untyped_storage()._cdata == x.untyped_storage()._cdata for t in tensors)
+
+    def watch(self) -> list[Callable[[], object]]:
+        """Listen to what `passing` modules begin and end; return what stops that."""
+        if self._versions() != self.weights:
+            raise RuntimeError("weights have changed since the forward pass that recompute does again; call backward() "
+                               "before they move, or set model.recompute = ()")  # fmt: skip
+        self.within, self.thread = 0, get_ident()
+        hooks = [module.register_forward_pre_hook(lambda *_: self._step(1)) for module in self.passing]
+        hooks += [module.register_forward_hook(lambda *_: self._step(-1)) for module in self.passing]
+        return [hook.remove for hook in hooks]
 
     def _step(self, by: int) -> None:
-        self.within += by
+        self.within += by if get_ident() == self.thread else 0  # others may be calling the same modules
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Which weights are read, and how often each was changed."""
+        weights = (t for module in self.used for t in module.state_dict(keep_vars=True).values())
+        return [(id(t), 0 if t.is_inference() else t._version) for t in weights]
 
 
 class _Keeping(TorchDispatchMode):
@@ -103,18 +123,21 @@ class _Keeping(TorchDispatchMode):
 
     def __init__(self, shelf: _Shelf):
         super().__init__()
-        self.shelf, self.hooks = shelf, []
+        self.shelf = shelf
 
     def __enter__(self):
-        self.hooks = self.shelf.watch()
+        self.undo = self.shelf.watch()
         return super().__enter__()
 
     def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
+        for undo in self.undo:
+            undo()
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable and self.shelf.holds(args[0]):
+            raise RuntimeError("a product that recompute keeps for the gradient is changed in place, perhaps in a hook;"
+                               " make a new tensor there, or set model.recompute = ()")  # fmt: skip
         out = func(*args, **(kwargs or {}))
         if self.shelf.wants(func, args):
             self.shelf.results.append(_detached(out))
@@ -122,7 +145,11 @@ class _Keeping(TorchDispatchMode):
 
 
 class _Replaying(_Keeping):
-    """The second time: take them from there in place of computing them."""
+    """The second time: take them from there in place of computing them, and leave the modules as they were."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.undo += [partial(vars(module).update, dict(vars(module))) for module in self.shelf.used]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.shelf.results and self.shelf.wants(func, args):

@@ -55,12 +55,7 @@ class Transformer(nn.Module):
 
     def read(self, tokens: Tensor, caches: list | None = None, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the logits, and the normalised states [batch, token, hidden] that the head made them from."""
-
-        def both(x: Tensor) -> tuple[Tensor, Tensor]:
-            states = self.norm(x)
-            return self.lm_head(states), states
-
-        return self._run(tokens, caches, hidden, both)
+        return self._run(tokens, caches, hidden, lambda x: (self.lm_head(states := self.norm(x)), states))
 
     def _run(self, tokens: Tensor, caches: list | None, hidden: Tensor | None, finish: Callable):
         """Return what `finish` makes of the last layer's output."""

@@ -241,6 +241,53 @@ def test_gradients_that_stand_before_the_step_are_counted_from_its_start():
     assert timeline.moments[0].bytes["gradients"] == timeline.moments[-1].bytes["gradients"] == 80
 
 
+def test_gradients_set_by_hand_are_gradients():
+    model, x = toy(), torch.randn(5, 3)
+
+    def step():
+        found = torch.autograd.grad(model(x).square().mean(), [*model.parameters()])
+        for parameter, gradient in zip(model.parameters(), found, strict=True):
+            parameter.grad = gradient
+
+    assert record_step(model, step).moments[-1].bytes == dict.fromkeys(PARTS, 0) | {"weights": 80, "gradients": 80}
+
+
+def test_a_storage_that_grows_counts_as_it_is():
+    def step():
+        x = torch.empty(0)
+        torch.mul(torch.ones(100), 2, out=x)
+        return x + 1
+
+    peak = record_step(toy(), step).peak
+    assert peak.bytes["workspace"] == 2 * 400
+
+
+def test_caches_that_grow_within_the_step_stay_caches():
+    model = lab.model.Transformer(SMALL)
+    caches = model.new_caches(1, 4)
+    step = torch.inference_mode()(lambda: model(TOKENS[:20].view(1, 20), caches))
+    timeline = record_step(model, step, caches)
+    start, end = (timeline.moments[i].bytes["cache"] for i in (0, -1))
+    assert start < end == measure(model, caches=caches)["cache"].total
+
+
+def test_the_mean_of_the_weights_is_not_counted_from_its_first_step_on():
+    model = lab.model.Transformer(SMALL)
+    run = lab.training.train(model, lab.data.Batches(TOKENS, 2, 32), lab.training.Recipe(steps=9, ema_decay=0.9))
+    first, second = (record_step(model, lambda: next(run)) for _ in range(2))
+    assert len(model.average) > 10
+    left = {p: first.moments[-1].bytes[p] - second.moments[0].bytes[p] for p in PARTS}
+    assert {part for part in left if left[part]} == {"workspace"}  # tables of positions, step counters, choices
+    assert left["workspace"] < 0.02 * first.largest("weights")
+
+
+def test_the_optimiser_of_another_model_in_the_same_step_has_no_moments_here():
+    model, other, x = toy(), toy(), torch.randn(5, 3)
+    own, others = (toy_step(m, torch.optim.AdamW(m.parameters()), x) for m in (model, other))
+    for _ in range(2):
+        assert record_step(model, lambda: (own(), others())).moments[-1].bytes["moments"] == 160
+
+
 def test_another_model_beside_it_is_not_counted():
     model, step = training()
     alone = record_step(model, step).peak.total

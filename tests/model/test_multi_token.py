@@ -242,6 +242,9 @@ def test_a_module_that_is_not_whole_is_refused(model, tmp_path):
     save_file({n: t for n, t in stored.items() if n != "model.layers.3.eh_proj.weight"}, file)
     with pytest.raises(ValueError, match=r"tensor model\.layers\.3\.eh_proj\.weight \[32, 64\] is missing"):
         load_hf(tmp_path)
+    save_file({n: t for n, t in stored.items() if not n.startswith("model.layers.2.")}, file)
+    with pytest.raises(ValueError, match=r"tensor model\.layers\.2\.\S+ \[.*\] is missing"):
+        load_hf(tmp_path)
     save_file(stored, file)
     for count, words in ((1, r"model\.layers\.3\.\S+ is not part"), (10**9, "num_nextn_predict_layers=1000000000 but")):
         settings.write_text(json.dumps({**json.loads(settings.read_text()), "num_nextn_predict_layers": count}))

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import deepseek_lab as lab
 from deepseek_lab.accounting.measured import record_step
 from deepseek_lab.model.layer import Layer
 from deepseek_lab.model.recompute import RECOMPUTABLE
-from deepseek_lab.precision import PrecisionPolicy
+from deepseek_lab.precision import PrecisionPolicy, fast_bf16
 
 TINY = lab.PRESETS["tiny"]
 SMALL = TINY.replace(num_hidden_layers=2, hidden_size=128)
@@ -39,7 +40,8 @@ def one_thread():
 def model_of(config=SMALL, products="fp32"):
     torch.manual_seed(0)
     model = lab.model.Transformer(config)
-    return model if products == "fp32" else lab.model.apply_policy(model, PrecisionPolicy(products=products))
+    rules = {"products": "bf16", "outputs": "bf16"} if products == "bf16 alone" else {"products": products}
+    return lab.model.apply_policy(model, PrecisionPolicy(**rules))
 
 
 def gradients(model, recompute=(), batch=None):
@@ -55,7 +57,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("config", [SMALL, LITE, DENSE], ids=["V3", "V2-Lite", "dense"])
-@pytest.mark.parametrize("products", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("products", ["fp32", "bf16", "fp8", "bf16 alone"])
 def test_every_choice_gives_the_same_gradients_bit_for_bit(config, products):
     model = model_of(config, products)
     plain = gradients(model)
@@ -123,6 +125,101 @@ def test_two_backward_passes_through_one_graph_add_up():
     assert same(once, [p.grad for p in model.parameters()])
     loss.backward()
     assert same([2 * g for g in once], [p.grad for p in model.parameters()])
+
+
+def test_a_first_pass_that_still_has_to_choose_its_arithmetic_is_no_other():
+    """Which products are faster is measured once, in the first pass: those trial products are not the model's."""
+    model = model_of(products="bf16 alone")
+    fast_bf16.cache_clear()
+    again = gradients(model, RECOMPUTABLE)
+    assert same(again, gradients(model))
+
+
+def test_hooks_may_change_what_passes_and_draw_random_numbers():
+    model, found = model_of(), []
+    model.layers[0].self_attn.q_a_proj.register_forward_hook(lambda *seen: torch.nn.functional.dropout(seen[2], 0.3))
+    model.layers[1].mlp.shared_experts.gate_proj.register_forward_hook(lambda *seen: 2 * seen[2])
+    for names in SUBSETS:
+        torch.manual_seed(1)
+        found.append([*gradients(model, names), torch.rand(3)])
+    assert all(same(found[0], other) for other in found[1:])
+
+
+def test_a_hook_that_changes_a_kept_product_in_place_is_refused():
+    model = model_of()
+    model.layers[0].self_attn.q_a_proj.register_forward_hook(lambda *seen: seen[2].mul_(2))
+    gradients(model)
+    with pytest.raises(RuntimeError, match=r"keeps for the gradient is changed in place.* set model.recompute = \(\)"):
+        gradients(model, {"norms"})
+
+
+@pytest.mark.parametrize("change", ["a step", "the bias of a router", "other weights for one call"])
+def test_weights_that_moved_before_the_gradient_came_are_refused(change):
+    """Without recomputation torch refuses a step there too; here the second pass would read other weights."""
+    model = model_of()
+    model.recompute, tokens = RECOMPUTABLE, (TOKENS[:64].view(1, 64),)
+    others = {name: 2 * p.detach() for name, p in model.named_parameters()} if "call" in change else {}
+    loss = torch.func.functional_call(model, {n: p.requires_grad_() for n, p in others.items()}, tokens).square().mean()
+    with torch.no_grad():
+        if change == "a step":
+            model.layers[0].input_layernorm.weight.mul_(2)
+        elif not others:
+            model.layers[1].mlp.gate.e_score_correction_bias.add_(1)
+    with pytest.raises(RuntimeError, match=r"weights have changed since .* call backward\(\) before they move"):
+        loss.backward()
+
+
+def test_the_load_stays_that_of_the_last_forward_pass():
+    model = model_of()
+    model.recompute, layer = RECOMPUTABLE, model.expert_layers()[0]
+    loss = lab.training.loop.next_token_loss(model, TOKENS[:130].view(2, 65))
+    with torch.no_grad():
+        model(TOKENS[500:530].view(1, 30))
+    load = layer.load
+    loss.backward()
+    assert torch.equal(layer.load, load)
+
+
+def test_another_thread_in_the_same_model_changes_nothing():
+    """It is inside a module whose results are not kept while this thread makes one that is."""
+    model, main, inside, leave, others = model_of(), threading.get_ident(), threading.Event(), threading.Event(), []
+    plain, attention = gradients(model), model.layers[0].self_attn
+
+    def begin(*_):
+        if threading.get_ident() == main and not others:
+            read = torch.no_grad()(lambda: model(TOKENS[:64].view(1, 64)))
+            others.append(threading.Thread(target=read))
+            others[0].start()
+            inside.wait(10)
+
+    def end(*_):
+        if threading.get_ident() == main and not leave.is_set():
+            leave.set()
+            others[0].join()
+
+    def stay(*_):
+        if threading.get_ident() != main:
+            inside.set()
+            leave.wait(10)
+
+    attention.kv_a_proj_with_mqa.register_forward_pre_hook(begin)
+    attention.kv_a_proj_with_mqa.register_forward_hook(end)
+    attention.kv_b_proj.register_forward_hook(stay)
+    again = gradients(model, RECOMPUTABLE)
+    assert leave.is_set() and same(plain, again)
+
+
+def test_gradients_of_gradients_are_the_same():
+    model, found = model_of(SMALL.replace(hidden_size=64)), []
+    for names in ((), RECOMPUTABLE):
+        model.recompute = names
+        model.zero_grad(set_to_none=True)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            loss = lab.training.loop.next_token_loss(model, TOKENS[:34].view(2, 17))
+            first = torch.autograd.grad(loss, [*model.parameters()], create_graph=True)
+            sum(g.square().sum() for g in first).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) > 20 and same(*found)
 
 
 def step_of(recompute, config=TINY, batch=4, length=512):
