@@ -34,7 +34,8 @@ class LatentAttention(nn.Module):
     forward(x [batch, token, hidden], positions [token] or [batch, token], cache=None, absorb=None, hidden=None)
     -> [batch, token, hidden].
     absorb: True or False picks the way of computing; None takes the absorbed one with a cache of latents, for a single
-    token or for a few behind others. hidden: which slots of the cache, new ones included, are padding [batch, slot]; see `masks`.
+    token or for a few behind others. hidden: which slots of the cache, new ones included, are padding [batch, slot]; see
+    `masks`.
     Raises ValueError, with the cache as it was, for positions that go back, a cache of another model or batch, and
     absorb=True where the cache holds keys and values: these are rebuilt, there is no latent left to attend to.
     """
@@ -179,7 +180,7 @@ class LatentAttention(nn.Module):
         return narrow and few and not rounds and not torch.is_grad_enabled()
 
     def _mix_by_kernel(self, q: Tensor, cache) -> Tensor:
-        """Return a latent for every head [batch, head, token, latent] of queries [batch, head, token, latent + rope]."""
+        """Return a latent for every head [batch, head, token, latent]; q: [batch, head, token, latent + rope]."""
         body, ends = body_for(q), range(cache.length - q.shape[2] + 1, cache.length + 1)  # each sees up to itself
         tokens = zip((one.contiguous() for one in q.unbind(2)), ends, strict=True)
         if isinstance(cache, Fp8LatentCache):
