@@ -34,8 +34,8 @@ class LatentAttention(nn.Module):
     forward(x [batch, token, hidden], positions [token] or [batch, token], cache=None, absorb=None, hidden=None)
     -> [batch, token, hidden].
     absorb: True or False picks the way of computing; None takes the absorbed one with a cache of latents, for a single
-    token or for a few behind others. hidden: which slots of the cache, new ones included, are padding [batch, slot]; see
-    `masks`.
+    token or for a few behind others. hidden [batch, slot]: which slots of the cache, new ones included, are
+    padding; see `masks`.
     Raises ValueError, with the cache as it was, for positions that go back, a cache of another model or batch, and
     absorb=True where the cache holds keys and values: these are rebuilt, there is no latent left to attend to.
     """

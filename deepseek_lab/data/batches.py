@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -17,15 +18,13 @@ class Batches:
     """
 
     def __init__(self, tokens: Tensor, batch: int, length: int, seed: int = 0):
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"Batches got {type(tokens).__name__}; expected a tensor [token]: for texts, "
-                            "Batches(data.split(texts)[0], batch, length)")  # fmt: skip
-        if tokens.dim() != 1 or len(tokens) < length + 1:
-            raise ValueError(f"Batches got tokens of shape {tuple(tokens.shape)}; expected [token] with at least "
-                             f"length + 1 = {length + 1} tokens")  # fmt: skip
+        for name, number in (("batch", batch), ("length", length), ("seed", seed)):
+            if not isinstance(number, Integral):
+                raise TypeError(f"Batches got {name}={number!r}; expected a whole number")
         if batch < 1 or length < 1:
             raise ValueError(f"Batches got batch={batch}, length={length}; both are at least 1")
-        self.tokens, self.batch, self.length, self.seed = tokens, batch, length, seed
+        self.tokens = check_tokens(tokens, "Batches", length)
+        self.batch, self.length, self.seed = int(batch), int(length), int(seed)
 
     def __getitem__(self, step: int) -> Tensor:
         if step < 0:
@@ -48,5 +47,27 @@ class Batches:
 
     def fingerprint(self) -> str:
         """A short text that differs when text, sizes or seed differ; a checkpoint remembers it."""
-        digest = hashlib.sha256(self.tokens.contiguous().numpy().tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256(self.tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
         return f"{digest} batch={self.batch} length={self.length} seed={self.seed}"
+
+
+def check_tokens(tokens: Tensor, asking: str, length: int) -> Tensor:
+    """Return tokens [token] of a text; TypeError or ValueError, in the name of who asks, for what are none.
+
+    length: of the stretches that are to be read; each has one token more.
+    """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{asking} got {type(tokens).__name__}; expected a tensor [token]: for texts, "
+                        "Batches(data.split(texts)[0], batch, length)")  # fmt: skip
+    if tokens.dim() != 1 or len(tokens) < length + 1:
+        raise ValueError(f"{asking} got tokens of shape {tuple(tokens.shape)}; expected [token] with at least "
+                         f"length + 1 = {length + 1} tokens")  # fmt: skip
+    whole = tokens.long()
+    odd = tokens.isnan() if tokens.is_floating_point() else whole < 0
+    if odd.any():
+        place = int(odd.int().argmax())
+        raise ValueError(f"{asking} got token {tokens[place].item()} at place {place}; tokens count from 0, was the "
+                         "text encoded with a tokenizer?")  # fmt: skip
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"{asking} got tokens of {tokens.dtype}; expected whole numbers, such as torch.int64")
+    return tokens

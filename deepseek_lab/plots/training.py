@@ -1,10 +1,59 @@
-"""Pictures of a training run: its loss, and how busy its experts were."""
+"""Pictures of a training run: its schedules, its loss, and how busy its experts were."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+from deepseek_lab.units import format_count
 
 from .style import INK, PALETTE
+
+_POINTS = 2_000  # of a curve: several for every pixel
+
+
+def schedules(runs: Mapping[str, tuple]):
+    """Draw what a recipe changes during a run, one row per setting and one column per run; return Axes [row, column].
+
+    runs: (recipe, sequences of a whole batch, tokens of a sequence) by name. The horizontal axis counts tokens read.
+    Raises ValueError without a run.
+    """
+    import matplotlib.pyplot as plt
+
+    if not runs:
+        raise ValueError("schedules got no runs; give (recipe, batch, length) by name")
+    axes = plt.subplots(4, len(runs), figsize=(7.2, 6.4), squeeze=False, sharex="col")[1]
+    for column, (name, (recipe, batch, length)) in zip(axes.T, runs.items(), strict=True):
+        sizes = [recipe.batch_at(step, batch) for step in range(recipe.steps)]
+        read = [length * done for done in accumulate(sizes)]
+        steps = sorted({*range(0, recipe.steps, -(-recipe.steps // _POINTS)), recipe.steps - 1})
+        rows = {
+            "learning rate": recipe.learning_rate_at,
+            "sequences\nper step": sizes.__getitem__,
+            "speed of\nthe biases": recipe.balance_speed_at,
+            "weight of the\nmodule's loss": recipe.multi_token_weight_at,
+        }
+        for ax, (label, value_at) in zip(column, rows.items(), strict=True):
+            values = [value_at(step) for step in steps]
+            ax.plot([read[step] for step in steps], values, color=PALETTE["weights"])
+            ax.set_ylim(0, 1.15 * max(values) or 1)
+            ax.set_yticks(sorted({0, max(values)} | ({values[-1]} if values[-1] > 0.2 * max(values) else set())))
+            ax.yaxis.set_major_formatter(lambda value, _: _number(value))
+            ax.grid(axis="y")
+            if ax in axes[:, 0]:
+                ax.set_ylabel(label)
+        column[0].set_title(name, loc="left")
+        ax.set(xlabel="tokens read", xlim=(0, read[-1] * 1.02), xticks=[read[-1] * i / 2 for i in range(3)])
+        ax.xaxis.set_major_formatter(lambda value, _: format_count(value) if value else "0")
+    axes[0, 0].figure.align_ylabels()
+    return axes
+
+
+def _number(value: float) -> str:
+    """A tick as it is said: 0.0025, 15,360, but 2.2e-4."""
+    if 0 < value < 0.001:
+        return f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:,.0f}" if value >= 1 else f"{value:.3g}"
 
 
 def loss_curve(records: Sequence, marks: dict[int, float] | None = None, ax=None):

@@ -64,9 +64,7 @@ def balance_loss(heard: list[Routing], batch: int, config: ModelConfig, recipe: 
 
 
 @torch.no_grad()
-def rebalance(
-    model: Transformer, speed: float, rule: str = "sign", multi_token: bool = False
-) -> tuple[Tensor, Tensor]:
+def rebalance(model: Transformer, speed: float, rule: str = "sign", multi_token: bool = False) -> tuple[Tensor, Tensor]:
     """Move every correction bias by the load of the step just done.
 
     Returns the loads [layer, expert] int64 and the new biases [layer, expert] float32, zeros where a router has none.

@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..model import Transformer, multi_token_logits
+
 
 @torch.no_grad()
-def first_nonfinite(model: nn.Module, batch: Tensor) -> str:
-    """Say which tensor of a model is not finite: a weight, else the first output for the tokens [batch, token]."""
+def first_nonfinite(model: Transformer, batch: Tensor, losses: dict[str, Tensor], ahead: bool = False) -> str:
+    """Say what is not finite: a weight, else the first output for the tokens [batch, token], else one of the losses.
+
+    ahead: the prediction modules' outputs too.
+    """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not torch.isfinite(tensor).all():
             return f"the weight {name} holds {odd_value(tensor)}"
@@ -24,17 +29,20 @@ def first_nonfinite(model: nn.Module, batch: Tensor) -> str:
 
     hooks = [module.register_forward_hook(listen(name)) for name, module in model.named_modules() if name]
     try:
-        model(batch)
+        multi_token_logits(model, batch) if ahead else model(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else "all weights and all outputs are finite, so it is the loss itself"
+    odd = [name for name, loss in losses.items() if not torch.isfinite(loss)]
+    return found[0] if found else f"all weights and outputs are finite, so it is the {', '.join(odd) or 'sum'} itself"
 
 
 def first_odd_gradient(model: nn.Module) -> str:
     """Say which gradient is not finite, the one nearest to the loss; backward it went from there."""
-    names = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    return f"the gradient of {names[-1]} is not finite" if names else "every gradient is finite, their norm is not"
+    odd = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    if not odd:
+        return "every gradient is finite, their norm is not"
+    return f"the gradient of {odd[-1][0]} is the first with {odd_value(odd[-1][1])}"
 
 
 def odd_value(tensor: Tensor) -> str:

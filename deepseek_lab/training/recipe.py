@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from ..experts.balance import RULES
 from ..model.recompute import checked as recomputable
@@ -15,6 +16,10 @@ BALANCE_LOSSES = ("sequence_loss", "expert_loss", "device_loss", "communication_
 MOMENTS = ("fp32", "bf16")
 
 Schedule = float | tuple[tuple[int, float], ...]  # one value, or ((first step, value), ...)
+
+_NAMES = ("precision", "moments", "recompute", "balance_rule")  # settings that are no numbers
+_SCHEDULES = ("balance_speed", "multi_token_weight", "tail")
+_PAIRS = {"betas": "two shares, such as (0.9, 0.95)", "batch_ramp": "(sequences of the first step, steps)"}
 
 # What files of runs have always said; later settings are written where they are used, so that older files go on.
 _ALWAYS = {"steps", "learning_rate", "final_learning_rate", "warmup_steps", "betas", "weight_decay", "clip_norm",
@@ -66,20 +71,15 @@ class Recipe:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, (list, tuple)):  # a recipe read from JSON has lists
-                object.__setattr__(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
+            object.__setattr__(self, name, _tidy(value))
         if isinstance(self.precision, dict):
             object.__setattr__(self, "precision", PrecisionPolicy(**self.precision))
         self._check_names()
-        for name, value in vars(self).items():
-            if not all(isinstance(v, str) or math.isfinite(v) for v in _numbers(value)):
-                raise ValueError(f"Recipe got {name}={value}; every setting is a finite number")
+        self._check_numbers()
         self._check_rates()
         self._check_schedules()
 
     def _check_names(self) -> None:
-        if type(self.steps) is not int or self.steps < 1:
-            raise ValueError(f"Recipe got steps={self.steps!r}; a run has a whole number of steps, at least one")
         for name, known in (("balance_rule", RULES), ("moments", MOMENTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"Recipe got {name}={getattr(self, name)!r}; choose one of {', '.join(known)}")
@@ -87,36 +87,54 @@ class Recipe:
             checked(self.precision, "Recipe")
         if self.recompute is not None:
             object.__setattr__(self, "recompute", tuple(sorted(recomputable(self.recompute))))
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"Recipe got ema_decay={self.ema_decay}; choose a share between 0 and 1, such as 0.99")
+
+    def _check_numbers(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in _NAMES or name in _SCHEDULES or (value is None and field.default is None):
+                continue
+            if isinstance(value, tuple) != (name in _PAIRS) or (name in _PAIRS and len(value) != 2):
+                raise ValueError(f"Recipe got {name}={value!r}; expected {_PAIRS.get(name, 'one number')}")
+            whole = field.type == "int" or name == "batch_ramp"
+            if not all(_is_number(v, whole) for v in (value if name in _PAIRS else [value])):
+                kind = "whole" if whole else "finite"
+                raise ValueError(f"Recipe got {name}={value!r}; every number of it is a {kind} one")
 
     def _check_rates(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Recipe got steps={self.steps}; a run has at least one step")
         if not 0 <= self.final_learning_rate <= self.learning_rate:
             raise ValueError(f"final_learning_rate={self.final_learning_rate} is not between 0 and learning_rate="
                              f"{self.learning_rate}; the rate falls during a run")  # fmt: skip
         for name in BALANCE_LOSSES:
             if getattr(self, name) < 0:
-                raise ValueError(
-                    f"Recipe got {name}={getattr(self, name)}; a loss of imbalance is not rewarded: 0 or more"
-                )
+                raise ValueError(f"Recipe got {name}={getattr(self, name)}; no loss rewards imbalance: 0 or more")
         if min(self.warmup_steps, self.constant_steps, self.weight_decay) < 0 or self.clip_norm <= 0:
             raise ValueError(f"Recipe got warmup_steps={self.warmup_steps}, constant_steps={self.constant_steps}, "
                              f"weight_decay={self.weight_decay}, clip_norm={self.clip_norm}; none is negative, and "
                              "clip_norm is above 0")  # fmt: skip
-        if self.batch_ramp is not None and (len(self.batch_ramp) != 2 or min(self.batch_ramp) < 1):
-            raise ValueError(f"Recipe got batch_ramp={self.batch_ramp}; give (sequences of the first step, steps), "
-                             "both at least 1")  # fmt: skip
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"Recipe got betas={self.betas}; both are from 0 to below 1")
+        if self.batch_ramp is not None and min(self.batch_ramp) < 1:
+            raise ValueError(f"Recipe got batch_ramp={self.batch_ramp}; sequences and steps are at least 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"Recipe got ema_decay={self.ema_decay}; choose a share between 0 and 1, such as 0.99")
 
     def _check_schedules(self) -> None:
-        for name in ("balance_speed", "multi_token_weight", "tail"):
+        for name in _SCHEDULES:
             value = getattr(self, name)
-            pairs = value if isinstance(value, tuple) else ((0, value),)
-            steps = [pair[0] for pair in pairs if isinstance(pair, tuple) and len(pair) == 2]
-            if len(steps) < len(pairs) or steps != sorted(set(steps)) or (name != "tail" and steps[:1] != [0]):
-                raise ValueError(f"Recipe got {name}={value}; a schedule is ((first step, value), ...) with rising "
-                                 "steps" + ", the first of them 0" * (name != "tail"))  # fmt: skip
+            pairs = value if isinstance(value, tuple) else ((0, value),) if name != "tail" else (value,)
+            sound = all(isinstance(p, tuple) and len(p) == 2 and type(p[0]) is int and _is_number(p[1]) for p in pairs)
+            firsts = [pair[0] for pair in pairs] if sound else [1, 0]
+            if firsts != sorted(set(firsts)) or (name != "tail" and firsts[:1] != [0]):
+                raise ValueError(f"Recipe got {name}={value}; it holds ((first step, value), ...), finite values and "
+                                 "rising steps" + ", the first of them 0" * (name != "tail"))  # fmt: skip
             if min((v for _, v in pairs), default=0) < 0:
                 raise ValueError(f"Recipe got {name}={value}; none of its values is negative")
+        begin = self.warmup_steps + self.constant_steps
+        if self.tail and not (begin <= self.tail[0][0] and self.tail[-1][0] < self.steps):
+            raise ValueError(f"Recipe got tail={self.tail}; its steps come after warmup_steps + constant_steps = "
+                             f"{begin} and before steps={self.steps}")  # fmt: skip
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of step 0, 1, ..."""
@@ -163,11 +181,17 @@ def _at(schedule: Schedule, step: int) -> float:
     return [value for first, value in schedule if first <= step][-1]
 
 
-def _numbers(value) -> list:
-    """The numbers of a setting, of a schedule's pairs too."""
-    if isinstance(value, tuple):
-        return [number for part in value for number in _numbers(part)]
-    return [] if value is None or isinstance(value, PrecisionPolicy) else [value]
+def _tidy(value):
+    """Lists, which a recipe read from JSON has, as tuples; whole and other numbers as Python's own."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_tidy, value))
+    if isinstance(value, Real) and type(value) is not bool:
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+def _is_number(value, whole: bool = False) -> bool:
+    return type(value) is int or (not whole and type(value) is float and math.isfinite(value))
 
 
 def _plain(value):

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..data import Batches
+from ..experts.layer import wide
 from ..model import Transformer
 from ..model.files import write_whole
-from ..model.layout import check_whole
 from .recipe import Recipe
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -46,14 +46,16 @@ def _policies(model: Transformer) -> str:
     names = defaultdict(list)
     for name, module in model.named_modules():
         if policy := getattr(module, "policy", None):
-            names[json.dumps(dataclasses.asdict(policy), sort_keys=True, default=sorted)].append(name)  # sets: sorted
+            rules = dataclasses.asdict(policy)
+            if rules["outputs"] == "fp32":  # older files do not know the rule
+                del rules["outputs"]
+            names[json.dumps(rules, sort_keys=True, default=sorted)].append(name)  # sets: sorted
     return "; ".join(f"{rules} for {', '.join(modules)}" for rules, modules in names.items())
 
 
 def save_state(path: str | Path, model: Transformer, optimizer, recipe: Recipe, batches: Batches, done: int) -> None:
     """Write the run after `done` steps; the file is replaced whole or not at all."""
     path = Path(path)
-    check_whole(model)
     tensors = {f"model.{name}": t.detach().contiguous() for name, t in _unshared(model).items()}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
@@ -69,46 +71,67 @@ def load_state(path: str | Path | None, model: Transformer, optimizer, recipe: R
     Everything is read and compared before anything is overwritten. Raises ValueError for a missing or damaged file, and
     for one that another config, recipe, text or policy wrote.
     """
-    if path is None or not Path(path).is_file():
-        raise ValueError(f"resume=True needs an existing checkpoint file, got {path}; start with resume=False")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); use an earlier checkpoint") from error
+    metadata, tensors = _read(path)
     for key, value in _run_identity(model, recipe, batches).items():
-        if metadata.get(key, "") != value:
-            raise ValueError(f"{path} was written by a run with another {key}: {metadata.get(key) or 'none'}; this one "
-                             f"has {value or 'none'}")  # fmt: skip
+        then, now = _apart(metadata.get(key, ""), value)
+        if then != now:
+            raise ValueError(f"{path} was written by a run with another {key}: {then or 'none'}; this one has "
+                             f"{now or 'none'}")  # fmt: skip
     if not str(metadata.get("done")).isdecimal() or not 0 < int(metadata["done"]) <= recipe.steps:
         raise ValueError(
             f"{path} says it has done {metadata.get('done')} of {recipe.steps} steps; use another checkpoint"
         )
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    expected = {f"model.{name}" for name in _unshared(model)} | {f"{k}.{name}" for k in MOMENTS for name in parameters}
-    averages = dict(model.named_parameters()) if recipe.ema_decay is not None else {}
-    expected |= {f"average.{name}" for name in averages}
-    if set(tensors) != expected:
-        odd = sorted(set(tensors) ^ expected)
-        raise ValueError(f"{path} and this model differ in {len(odd)} tensors, the first is {odd[0]}")
     weights = _unshared(model)
-    for name, tensor in tensors.items():
-        kind, place = name.split(".", 1)
-        shape, dtype = weights[place].shape, weights[place].dtype
-        if kind in MOMENTS:
-            dtype = torch.bfloat16 if recipe.moments == "bf16" else dtype
-            shape, dtype = (torch.Size(), torch.float32) if kind == "step" else (shape, dtype)
-        if (tensor.shape, tensor.dtype) != (shape, dtype):
-            raise ValueError(f"{path}: tensor {name} is {tensor.dtype} of shape {list(tensor.shape)}, this run needs "
-                             f"{dtype} of shape {list(shape)}")  # fmt: skip
+    moved = {
+        name: p for name, p in model.named_parameters()  # a prediction module that had no weight yet has no moments
+        if p.requires_grad and (f"step.{name}" in tensors or not name.startswith("multi_token."))
+    }  # fmt: skip
+    averages = [name for name, _ in model.named_parameters()] if recipe.ema_decay is not None else []
+    expected = {f"model.{name}": (t.shape, t.dtype) for name, t in weights.items()}
+    expected |= {f"average.{name}": (weights[name].shape, wide(weights[name].dtype)) for name in averages}
+    expected |= {f"step.{name}": (torch.Size(), torch.float32) for name in moved}
+    narrow = recipe.moments == "bf16"
+    for kind in MOMENTS[1:]:
+        expected |= {f"{kind}.{name}": (p.shape, torch.bfloat16 if narrow else p.dtype) for name, p in moved.items()}
+    _check_tensors(path, tensors, expected)
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(tensors[f"model.{name}"])
-    for name, parameter in parameters.items():
+    for name, parameter in moved.items():
         optimizer.state[parameter] = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
     model.average = {name: tensors[f"average.{name}"] for name in averages} or None
     return int(metadata["done"])
+
+
+def _read(path: str | Path | None) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Return what a file says of its run, and its tensors."""
+    if path is None or not Path(path).is_file():
+        raise ValueError(f"resume=True needs an existing checkpoint file, got {path}; start with resume=False")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); use an earlier checkpoint") from error
+
+
+def _check_tensors(path: str | Path, tensors: dict[str, torch.Tensor], expected: dict[str, tuple]) -> None:
+    if odd := sorted(set(tensors) ^ set(expected)):
+        raise ValueError(f"{path} and this model differ in {len(odd)} tensors, the first is {odd[0]}")
+    for name, (shape, dtype) in expected.items():
+        if (tensors[name].shape, tensors[name].dtype) != (shape, dtype):
+            raise ValueError(f"{path}: tensor {name} is {tensors[name].dtype} of shape {list(tensors[name].shape)}, "
+                             f"this run needs {dtype} of shape {list(shape)}")  # fmt: skip
+
+
+def _apart(then: str, now: str) -> tuple:
+    """Return two texts as a reader should see them: of two sets of settings, those that differ."""
+    try:
+        then, now = json.loads(then), json.loads(now)
+    except ValueError:
+        return then, now
+    if isinstance(then, dict) and isinstance(now, dict):
+        return {k: v for k, v in then.items() if v != now.get(k)}, {k: v for k, v in now.items() if v != then.get(k)}
+    return then, now
 
 
 def _unshared(model: Transformer) -> dict[str, torch.Tensor]:

@@ -84,6 +84,21 @@ def test_impossible_batches_are_refused():
     assert Batches(TOKENS, 4, 16).tokens_per_step == 64
 
 
+@pytest.mark.parametrize("sizes", [{"batch": 4.0}, {"length": "16"}, {"seed": None}, {"seed": 0.5}], ids=str)
+def test_sizes_and_seeds_are_whole_numbers(sizes):
+    name, value = next(iter(sizes.items()))
+    with pytest.raises(TypeError, match=f"Batches got {name}={value!r}; expected a whole number"):
+        Batches(TOKENS, **{"batch": 4, "length": 16, **sizes})
+    same = Batches(TOKENS, numpy.int64(4), numpy.int32(16), numpy.int64(7))
+    assert same.fingerprint() == Batches(TOKENS, 4, 16, 7).fingerprint()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64])
+def test_tokens_of_every_whole_type_are_read(dtype):
+    tokens = (TOKENS % 200).to(dtype)
+    assert torch.equal(Batches(tokens, 4, 16)[3], Batches((TOKENS % 200).long(), 4, 16)[3])
+
+
 @pytest.mark.parametrize("wrong", ["a text", [1, 2, 3], numpy.arange(100)])
 def test_what_is_no_tensor_is_refused_with_the_right_call(wrong):
     with pytest.raises(TypeError, match=rf"got {type(wrong).__name__}; .*Batches\(data\.split\(texts\)\[0\], batch"):

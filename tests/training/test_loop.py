@@ -84,7 +84,7 @@ def test_evaluation_reads_every_whole_stretch_once_and_changes_nothing():
     for batch in (1, 3, 16):
         assert evaluate(model, tokens, length=24, batch=batch) == pytest.approx(sum(losses) / 7, rel=1e-5)
     assert model.training and all(torch.equal(before[name], t) for name, t in model.state_dict().items())
-    with pytest.raises(ValueError, match=r"got 24 tokens; at least length \+ 1 = 25"):
+    with pytest.raises(ValueError, match=r"evaluate got tokens of shape \(24,\); .* length \+ 1 = 25"):
         evaluate(model, tokens[:24], length=24)
 
 
@@ -133,35 +133,6 @@ def test_balancing_lowers_the_worst_violation():
     assert worst[0.01] < 0.6 * worst[0.0]
 
 
-@pytest.mark.parametrize(
-    ("step", "rate"),
-    [(0, 1e-4), (4, 5e-4), (9, 1e-3), (10, 1e-3), (60, 5.5e-4), (35, 8.681980515339464e-4), (110, 1e-4), (500, 1e-4)],
-)
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine(step, rate):
-    recipe = Recipe(steps=110, learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=10)
-    assert recipe.learning_rate_at(step) == pytest.approx(rate)
-
-
-def test_a_run_shorter_than_its_warm_up_and_one_without_are_runs():
-    assert Recipe(steps=1, warmup_steps=0).learning_rate_at(0) == pytest.approx(3e-3)
-    assert Recipe(steps=2, warmup_steps=10).learning_rate_at(1) == pytest.approx(6e-4)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (dict(steps=0), "steps=0"),
-        (dict(final_learning_rate=1.0), "final_learning_rate=1.0"),
-        (dict(clip_norm=0.0), "clip_norm=0.0"),
-        (dict(warmup_steps=-1), "warmup_steps=-1"),
-        (dict(balance_speed=-0.1), "balance_speed=-0.1"),
-    ],
-)
-def test_impossible_recipes_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        Recipe(**{"steps": 10, **settings})
-
-
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_no_number_stops_the_run_before_it_spreads(where, tmp_path):
     model = fresh(SMALL)
@@ -173,7 +144,10 @@ def test_what_is_no_number_stops_the_run_before_it_spreads(where, tmp_path):
     else:
         hook = model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"of step 3 is (nan|inf): the (output|gradient) of \S+ is .*; the weights are left as they were"):
+    with pytest.raises(
+        ValueError,
+        match=r"of step 3 is (nan|inf): the (output|gradient) of \S+ is .*; the weights are left as they were",
+    ):
         next(run)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     hook.remove()
