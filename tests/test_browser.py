@@ -29,7 +29,8 @@ display(lab.widgets.outlier_explorer())
 lab.widgets.bit_explorer("E4M3", 0.1)
 """
 # Three pictures of caches: two count only, the third shows a pool of blocks after each operation on it. And the balance
-# theatre of notebook 10, on loads at random: there it stands on a minute of training.
+# theatre of notebook 10, on loads at random: there it stands on a minute of training. And a sentence as if it had been
+# written with drafts that are wrong where a word begins.
 CACHES = """
 import torch
 import deepseek_lab as lab
@@ -48,6 +49,15 @@ display(lab.widgets.cache_race(), lab.widgets.absorption_explorer())
 loads, biases = torch.randint(0, 90, (2, 50, 2, 32)), torch.randn(2, 50, 2, 32)
 runs = {f"speed {u}": lab.experts.balance.LoadHistory(*run) for u, *run in zip((0.001, 0.01), loads, biases)}
 display(lab.widgets.balance_theatre(runs, step=0))
+text = list(b"A draft is refused where a word begins, and accepted inside it.")
+passes, place = [], 3
+while place < len(text) - 1:
+    right = text[place - 1] != 32
+    passes.append(lab.generation.SpeculationStep(place, (text[place] if right else 101,),
+                                                 tuple(text[place : place + 1 + right]), (float(right),)))
+    place += 1 + right
+record = lab.generation.Speculation(torch.tensor([text[:place]]), len(passes), place - 3 - len(passes), tuple(passes))
+display(lab.widgets.speculation_viewer(record, chr))
 lab.widgets.paged_cache(steps)
 """
 # The way of a text's tokens to the nodes of their experts.
@@ -65,6 +75,11 @@ model, tokenizer = lab.checkpoints.load("tiny"), lab.data.ByteTokenizer()
 def read(text):
     return lab.experts.trace_routing(model, tokenizer.encode(text)[None], shares=True), tokenizer.pieces(text)
 lab.widgets.token_router(read, "The with statement", layer=1, token=4)
+"""
+# The tensors of a model, block by block.
+MAP = """
+import deepseek_lab as lab
+lab.widgets.model_map(model="DeepSeek-V3", block="attention")
 """
 # The memory of a step of a small model, recorded both ways.
 MEMORY = """
@@ -207,7 +222,7 @@ def test_the_memory_bar_fits_a_column_of_600_pixels(start, picture):
 
 @pytest.fixture(scope="module")
 def one_cell(lab):
-    """Notebooks of one cell each, beside the course: replay, explorers, caches, traffic, memory."""
+    """Notebooks of one cell each, beside the course: replay, explorers, caches, traffic, memory, map."""
     import nbformat
 
     url, token = lab
@@ -220,6 +235,7 @@ def one_cell(lab):
         ("traffic", TRAFFIC),
         ("router", ROUTER),
         ("memory", MEMORY),
+        ("map", MAP),
     ):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip())], metadata=kernel)
         body = json.dumps({"type": "notebook", "content": notebook}).encode()
@@ -230,7 +246,7 @@ def one_cell(lab):
 @pytest.mark.parametrize(
     ("name", "widget", "slider", "choice"),
     [
-        ("11_assemble_the_model.ipynb", "token-router", "token", "layer"),
+        ("router.ipynb", "token-router", "token", "layer"),
         ("replay.ipynb", "training-replay", "step", "expert layer"),
         ("explorers.ipynb", "outlier-explorer", "outlier", "place"),
         ("traffic.ipynb", "traffic-map", "token", "layer"),
@@ -326,6 +342,7 @@ def caches(open_notebook, one_cell):
         ("absorption-explorer", ("context", "batch", "heads", "latent")),
         ("balance-theatre", ("step", "run")),
         ("paged-cache", ("operation",)),
+        ("speculation-viewer", ("pass",)),
     ],
 )
 def test_the_pictures_of_caches_follow_their_sliders_by_keyboard(caches, widget, sliders):
@@ -345,7 +362,13 @@ def test_the_pictures_of_caches_follow_their_sliders_by_keyboard(caches, widget,
 
 
 @pytest.mark.parametrize(
-    ("widget", "slider"), [("cache-race", "tokens"), ("balance-theatre", "step"), ("paged-cache", "operation")]
+    ("widget", "slider"),
+    [
+        ("cache-race", "tokens"),
+        ("balance-theatre", "step"),
+        ("paged-cache", "operation"),
+        ("speculation-viewer", "pass"),
+    ],
 )
 def test_a_picture_is_played_and_stopped_by_keyboard(caches, widget, slider):
     box = caches.page.locator(f".{widget}")
@@ -415,6 +438,33 @@ def test_a_typed_text_is_routed_and_rules_are_switched_off_by_keyboard(open_note
     typed.fill("")
     page.get_by_text("0 characters: type 1 to 120.").wait_for()
     assert picture.get_attribute("aria-label") == says and picture.bounding_box() == place
+    assert place["x"] >= 0 and place["x"] + place["width"] <= 600
+    assert (notebook.errors, notebook.outside) == ([], [])
+
+
+def test_a_block_of_the_model_is_chosen_by_click_and_by_keyboard(open_notebook, one_cell):
+    notebook = open_notebook("map.ipynb").run_all()
+    page = notebook.page
+    page.set_viewport_size({"width": 600, "height": 1000})
+    picture = page.locator(".model-map svg[role=img]")
+    picture.scroll_into_view_if_needed()
+    says, place = picture.get_attribute("aria-label"), picture.bounding_box()
+    assert says.startswith("attention: 11.4 B of 671.0 B parameters, 1.7 %")
+    page.locator(".model-map rect.block[data-name='routed experts']").click()
+    says = changed(picture, says)
+    assert says.startswith("routed experts: 653.9 B") and "40.9 GFLOP" in says
+    blocks = notebook.dropdown("block")
+    assert blocks.input_value() == "routed experts"
+    notebook.shot("model_map_600px")
+    notebook.press("ArrowDown")  # the click has left the focus on the list
+    says = changed(picture, says)
+    assert says.startswith("final norm: 7.2 K")
+    notebook.dropdown("model").select_option("Llama 3.1 8B")
+    says = changed(picture, says)
+    page.locator(".model-map rect.block[data-name='dense feed-forward']").click()
+    changed(picture, says)
+    assert [option.strip() for option in blocks.locator("option").all_inner_texts()][2:4] == ["layers", "norms"]
+    assert picture.bounding_box() == place, "the page jumps when the picture changes"
     assert place["x"] >= 0 and place["x"] + place["width"] <= 600
     assert (notebook.errors, notebook.outside) == ([], [])
 

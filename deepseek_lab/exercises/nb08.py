@@ -147,7 +147,7 @@ EXERCISES = {
         agrees=same_letter,
         slips=(
             Slip("a", "Both ways of reading use the same wrong frequencies. Compare with the other setting."),
-            Slip("c", "The loss on short texts is near 1.3 either way. It must be equal, not near."),
+            Slip("c", "The loss on short texts is near 1.2 either way. It must be equal, not near."),
         ),
         fallback='Answer with one letter, "a", "b" or "c".',
     ),

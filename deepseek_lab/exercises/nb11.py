@@ -72,12 +72,12 @@ EXERCISES = {
             Slip({0, 4, 7}, "Expert 7 is in group 3, which was dropped. Did you fill dropped experts with 0?"),
         ),
         fallback="Add the two scores of each group, keep the two best groups, then take the best three experts.",
-        agrees=lambda given, wanted: set(given) == wanted,
+        agrees=lambda given, wanted: {int(expert) for expert in given} == wanted,
     ),
     "11.4": Exercise(
         todo="Which key of the config was not read? Answer with its name in quotes.",
         solution="first_k_dense_replace",
-        praise="61 layers of experts instead of 58 make 703.8 B: three networks too many, 256 times.",
+        praise="61 layers of experts instead of 58 make 703.8 B: the first three layers have one wide network each.",
         agrees=lambda given, wanted: str(given).strip() == wanted,
         slips=(
             Slip(
@@ -89,7 +89,7 @@ EXERCISES = {
             Slip("moe_intermediate_size", "With experts as wide as the dense network it would be nine times as much."),
             Slip("tie_word_embeddings", "One table more or less is 0.9 B; the number is 32.8 B too large."),
         ),
-        fallback="The number is 32.8 B too large: divide that by the parameters of one layer of experts.",
+        fallback="The number is 32.8 B too large, nearly three layers of experts. Which three layers are none?",
     ),
     "11.5": Exercise(
         todo='Which check catches the leaky router? Answer "a", "b" or "c".',

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import math
 
-from . import Exercise, Slip, close, same_letter, same_number
+from . import Exercise, Slip, same_letter
 
 EXERCISES = {
     "12.1": Exercise(
-        todo="Write a function that turns a loss in nats into the number of equally likely choices it stands for.",
-        solution=math.exp,
-        praise="exp(loss) is called perplexity: 5.56 nats are 260 choices, 1.3 nats fewer than four.",
+        todo="What is V3's learning rate when 13T tokens are read? Two significant digits.",
+        solution=2.2e-5 + 0.5 * (2.2e-4 - 2.2e-5) * (1 + math.cos(math.pi * 3 / 4.3)),
+        praise="6.3e-5: 3 of the 4.3T tokens of the cosine are done, and little more than a quarter is left.",
         slips=(
-            Slip(lambda loss: 2**loss, "2 ** loss would be right for a loss in bits. These are nats: the base is e."),
-            Slip(math.log, "That is the way back: from the number of choices to the loss."),
-            Slip(lambda loss: 1 / math.exp(loss), "That is the probability given to the true byte, not its inverse."),
+            Slip(2.2e-4, "The rate is constant up to 10T tokens only; at 13T it has been falling for 3T."),
+            Slip(8.2e-5, "That is a straight line from 2.2e-4 to 2.2e-5. A cosine is below it in its second half."),
+            Slip(4.1e-5, "That is the part above the floor; the cosine ends at 2.2e-5, so add that."),
+            Slip(2.6e-5, "The cosine begins at 10T: 3T of 4.3T are done, not 13T of 14.3T."),
+            Slip(
+                4.55e-5, "A cosine to zero would be there. V3's ends at 2.2e-5: only the difference of the two falls."
+            ),
         ),
-        fallback="The loss is minus the logarithm of a probability; what is one over that probability?",
-        agrees=lambda given, wanted: all(close(given(x), wanted(x)) for x in (0.5, 1.3, 5.56)),
+        fallback="The share that is done is (13 - 10) / 4.3; the rate is 2.2e-5 + half of 1.98e-4 (1 + cos(pi share)).",
+        agrees=lambda given, wanted: abs(float(given) - wanted) <= 0.02 * wanted,
     ),
     "12.2": Exercise(
-        todo="How many GPUs of 80 GB hold the 15.7 B weights of V2-Lite, their gradients and moments, in FP32?",
-        solution=4,
-        agrees=same_number,
-        praise="16 bytes per parameter make 251 GB, 3.14 GPUs, so four; using the model needs a quarter of that.",
+        todo="How many billion parameters can a model have if 80 GB hold its weights, gradients and moments V3's way?",
+        solution=80 / 13,
+        praise="13 bytes each: 6.2 billion parameters, before a single activation. Plain FP32 stops at 5.0.",
         slips=(
-            Slip(1, "That holds the weights alone, 63 GB. Gradients and two moments come on top."),
-            Slip(2, "Weights and gradients fit on two. AdamW keeps two more numbers per parameter."),
-            Slip(3, "3.14 GPUs are needed: round up, or count both moments."),
+            Slip(80 / 16, "16 bytes are plain FP32. V3 has BF16 moments, and a copy in FP8 for the products."),
+            Slip(80 / 18, "18 bytes are BF16 products with FP32 moments, the usual way before."),
+            Slip(80 / 12, "The FP8 copy that the products read is missing: one more byte."),
+            Slip(80.0, "That is the FP8 weights alone, which suffice to use the model, not to train it."),
+            Slip(80 / 9, "The FP32 master weights are missing: AdamW moves them, and FP8 would lose its steps."),
         ),
-        fallback="Per parameter: weight, gradient and two moments, four bytes each. Divide by 80 GB and round up.",
+        fallback="Master weight, gradient, two moments, FP8 copy: add up their bytes, and divide 80 by the sum.",
+        agrees=lambda given, wanted: abs(float(given) - wanted) <= 0.01 * wanted,
     ),
     "12.3": Exercise(
         todo="How far does AdamW's second step move a weight whose gradient was 0.002 and is now 0, at rate 0.01?",

@@ -10,7 +10,7 @@ from deepseek_lab.units import byte_unit, format_bytes, format_seconds
 
 from .arrange import one_in, scale, y_axis
 from .replay import _dot
-from .sheet import Box, Line, Shape, Sheet, Words, draw
+from .sheet import WIDTH, Box, Line, Shape, Sheet, Words, draw
 from .style import GREY, INK, PALETTE
 
 if TYPE_CHECKING:
@@ -195,8 +195,8 @@ def _band(timeline, slot: float, event: int) -> list[Shape]:
         out.append(Line(((left, _BAND_Y + 24), (right, _BAND_Y + 24)), GREY, 2))
         out.append(Words((left + right) / 2, _BAND_Y + 39, phase, "middle", size=12, kind="phase"))
     names = dict.fromkeys(one.label.split()[-1] for one in timeline.events)
-    words = ", ".join(f"{short_name(name)} {name}" for name in names if "." not in name)
-    return [*out, Words((LEFT + RIGHT) / 2, _BAND_Y + 60, words, "middle", size=12, colour="#555555", kind="names")]
+    words = ", ".join(f"{short_name(n)} {n.removesuffix('.0')}" for n in names if not n.startswith("layers."))
+    return [*out, Words(WIDTH / 2, _BAND_Y + 60, words, "middle", size=12, colour="#555555", kind="names")]
 
 
 def phase_of(label: str) -> str:
@@ -208,7 +208,10 @@ def phase_of(label: str) -> str:
 def short_name(label: str) -> str:
     """Return a character or two for a stretch: the number of a layer, the first letter of anything else."""
     name = label.split()[-1]
-    return name.rpartition(".")[2] if "." in name else {"lm_head": "h", "zero_grad": "z"}.get(name, name[0])
+    part, _, number = name.rpartition(".")
+    if part == "multi_token":
+        return "m" if number == "0" else f"m{number}"
+    return number if part else {"lm_head": "h", "zero_grad": "z"}.get(name, name[0])
 
 
 def _table(amounts: Mapping[str, int], largest: int) -> list[Shape]:

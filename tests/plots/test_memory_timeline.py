@@ -129,6 +129,14 @@ def test_phases_and_short_names():
     assert [phase_of(label) for label in LABELS] == ["forward"] * 6 + ["backward"] * 5 + ["update"] * 3
     names = [short_name(label) for label in LABELS]
     assert names == ["s", "e", "0", "1", "h", "l", "l", "h", "1", "0", "e", "c", "o", "z"]
+    assert [short_name(f"backward multi_token.{i}") for i in (0, 1)] == ["m", "m1"]
+
+
+def test_a_prediction_module_is_not_taken_for_a_layer():
+    labels = [*LABELS[:5], "forward multi_token.0", "forward lm_head", *LABELS[5:]]
+    sheet = timeline_sheet({("FP32", False): timeline(labels=labels)}, "FP32", False, 5)
+    words = named(sheet, "names")[0].text
+    assert words == "s start, e embed_tokens, h lm_head, m multi_token, l loss, c clip, o optimiser, z zero_grad"
 
 
 @pytest.mark.parametrize("layers", [1, 4, 12, 27])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepseek_lab import plots
+from deepseek_lab.training import Recipe
 
 
 def records(steps: int):
@@ -55,4 +56,38 @@ def test_a_load_map_of_experts_that_are_not_there_is_refused():
     for layer in (2, -1):
         with pytest.raises(ValueError, match=f"layer={layer} is not one of the 2 expert layers; choose 0 to 1"):
             plots.load_map(records(3), layer)
+    assert not plt.get_fignums()
+
+
+def test_schedules_have_a_row_for_each_setting_and_a_column_for_each_run():
+    short = Recipe(
+        steps=10, learning_rate=2e-3, final_learning_rate=1e-3, warmup_steps=2, constant_steps=3, tail=((8, 5e-4),),
+        batch_ramp=(1, 4), balance_speed=((0, 0.02), (9, 0.0)), multi_token_weight=((0, 0.3), (6, 0.1)),
+    )  # fmt: skip
+    axes = plots.schedules({"short": (short, 5, 16), "plain": (Recipe(steps=3, multi_token_weight=0.0), 2, 8)})
+    assert axes.shape == (4, 2) and [ax.get_title("left") for ax in axes[0]] == ["short", "plain"]
+    sizes = [short.batch_at(step, 5) for step in range(10)]
+    assert sizes[0] == 1 and sizes[4:] == [5] * 6
+    wanted = [short.learning_rate_at, sizes.__getitem__, short.balance_speed_at, short.multi_token_weight_at]
+    for ax, value_at in zip(axes[:, 0], wanted, strict=True):
+        (line,) = ax.lines
+        assert line.get_ydata().tolist() == [value_at(step) for step in range(10)]
+        assert line.get_xdata().tolist() == (16 * np.cumsum(sizes)).tolist()
+    assert axes[3, 1].lines[0].get_ydata().tolist() == [0.0] * 3
+    axes[0, 0].figure.canvas.draw()
+    assert [tick.get_text() for tick in axes[0, 0].get_yticklabels()] == ["0", "5.0e-4", "0.002"]
+    assert axes[3, 0].get_xlabel() == "tokens read" and not axes[0, 0].get_xlabel()
+    plt.close("all")
+
+
+def test_the_schedule_of_a_long_run_is_drawn_from_a_few_of_its_steps_and_from_its_last():
+    long = Recipe(steps=100_001, balance_speed=((0, 0.01), (100_000, 0.0)))
+    values = plots.schedules({"long": (long, 1, 1)})[2, 0].lines[0].get_ydata()
+    assert len(values) < 2_500 and values[-1] == 0 and values[-2] == 0.01
+    plt.close("all")
+
+
+def test_schedules_of_no_run_are_refused():
+    with pytest.raises(ValueError, match="schedules got no runs"):
+        plots.schedules({})
     assert not plt.get_fignums()
