@@ -1,5 +1,6 @@
 """Kill -9, a full disk, numbers that are none: what was good stays, and the message says where and how to go on."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -109,25 +110,26 @@ def test_what_is_left_of_dead_processes_is_swept_and_nothing_else(tmp_path):
 # A full disk -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def full_disk():
-    """A function after which no file of this process can grow beyond some bytes."""
+@contextlib.contextmanager
+def filling_disk():
+    """Yield a function after which no file of this process can grow beyond some bytes, until the block ends."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    finally:  # before the test has a word to write
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 1000, 50_000])
-def test_a_full_disk_leaves_the_last_file_and_says_how_to_go_on(size, tmp_path, full_disk):
+def test_a_full_disk_leaves_the_last_file_and_says_how_to_go_on(size, tmp_path):
     file, model, steps = tmp_path / "run.safetensors", fresh(SMALL), []
-    with pytest.raises(OSError) as caught:
+    with filling_disk() as fill, pytest.raises(OSError) as caught:
         for record in train(model, batches(), RECIPE, checkpoint=file, checkpoint_every=4):
             steps.append(record.step)
             if record.step == 4:
                 content = file.read_bytes()
-                full_disk(size)
-    full_disk(10**9)
+                fill(size)
     words = str(caught.value)
     assert words.startswith(f"{file} could not be written (")
     assert "it holds 4 steps, go on from there with resume=True" in words
@@ -144,29 +146,32 @@ def test_a_full_disk_leaves_the_last_file_and_says_how_to_go_on(size, tmp_path, 
     assert [r.step for r in rest] == list(range(4, 12))
 
 
-def test_a_disk_that_was_full_from_the_start_leaves_nothing(tmp_path, full_disk):
-    file = tmp_path / "new" / "run.safetensors"
-    full_disk(1000)
-    with pytest.raises(OSError, match=r"run\.safetensors could not be written .*start anew\. The model .* 12"):
+def test_a_disk_that_was_full_from_the_start_leaves_nothing(tmp_path):
+    file, words = (
+        tmp_path / "new" / "run.safetensors",
+        r"run\.safetensors could not be written .*start anew\. The model .* 12",
+    )
+    with filling_disk() as fill, pytest.raises(OSError, match=words):
+        fill(1000)
         list(train(fresh(SMALL), batches(), RECIPE, checkpoint=file))
     assert names(tmp_path / "new") == []
 
 
-def test_a_full_disk_at_the_end_of_an_interrupted_loop_is_told(tmp_path, full_disk):
+def test_a_full_disk_at_the_end_of_an_interrupted_loop_is_told(tmp_path):
     file, run = tmp_path / "run.safetensors", train(fresh(SMALL), batches(), RECIPE, tmp_path / "run.safetensors", 4)
     for _ in range(6):
         next(run)
-    full_disk(1000)
-    with pytest.raises(OSError, match=r"holds 4 steps.*of all 6 steps"):
+    with filling_disk() as fill, pytest.raises(OSError, match=r"holds 4 steps.*of all 6 steps"):
+        fill(1000)
         run.close()
     assert done(file) == 4
 
 
-def test_a_model_that_finds_no_room_leaves_the_published_files_of_before(tmp_path, full_disk):
+def test_a_model_that_finds_no_room_leaves_the_published_files_of_before(tmp_path):
     save_hf(fresh(SMALL), tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
-    full_disk(2000)
-    with pytest.raises(OSError, match=r"model\.safetensors could not be written"):
+    with filling_disk() as fill, pytest.raises(OSError, match=r"model\.safetensors could not be written"):
+        fill(2000)
         save_hf(fresh(SMALL, seed=5), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
 
