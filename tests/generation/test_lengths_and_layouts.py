@@ -218,12 +218,17 @@ def test_the_first_difference_of_two_texts():
         first_difference(text, other[:, 1:])
 
 
-@pytest.mark.parametrize("prompt", ["The with statement", "Lists are", "def f(x):", "An exception"])
-def test_the_shipped_model_writes_the_same_from_an_fp8_cache_unless_two_tokens_are_nearly_equal(prompt):
+@pytest.mark.parametrize(
+    ("prompt", "margin"),
+    [("The with statement", None), ("Lists are", None), ("def f(x):", None), ("If the", 0.05)],
+)
+def test_the_shipped_model_writes_the_same_from_an_fp8_cache_until_two_tokens_are_nearly_equal(prompt, margin):
     model, tokens = lab.checkpoints.load("tiny"), lab.data.ByteTokenizer().encode(prompt)[None]
     text = generate(model, tokens, 256)
     (place,) = first_difference(text, generate(model, tokens, 256, layout="latent_fp8"))
-    if place is not None:  # on no machine that we know: then the model itself was of two minds
+    if margin is None:
+        assert place is None
+    else:
         with torch.no_grad():
             first, second = model(text[:, :place])[0, -1].topk(2).values
-        assert place > tokens.shape[1] and first - second < 0.05
+        assert place > tokens.shape[1] and first - second < margin
