@@ -233,11 +233,5 @@ def evaluate(model: Transformer, tokens: Tensor, length: int = 256, batch: int =
 
 def _bytes_of(model: Transformer, optimizer) -> dict[str, int]:
     """Bytes of the live tensors, by part."""
-    parameters = list(model.parameters())
-    moments = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
-    sizes = {
-        "weights": sum(p.nbytes for p in parameters) + sum(b.nbytes for b in model.buffers()),
-        "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
-        "moments": sum(m.nbytes for m in moments),
-    }
+    sizes = {line.part: line.total for line in accounting.measure(model, optimizer) if line.part != "cache"}
     return sizes | ({"average": sum(t.nbytes for t in model.average.values())} if model.average else {})
