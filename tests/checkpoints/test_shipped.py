@@ -41,7 +41,9 @@ def test_the_card_says_what_eight_bits_and_the_module_did_to_the_loss():
     compared = lab.checkpoints.card("tiny")[f"held-out loss after {builder.COMPARED_STEPS} steps"]
     assert set(compared) == set(builder.COMPARED)
     wide = compared["products in FP32"]
-    assert abs(compared["as shipped"] - wide) < 0.05 * wide  # one seed: two in FP32 differ by as much
+    assert (
+        abs(compared["as shipped"] - wide) < 0.05 * wide
+    )  # one seed, at a rate where last bits alone move a run by a percent
 
 
 def test_the_model_has_learned_more_than_letter_frequencies(measured):
