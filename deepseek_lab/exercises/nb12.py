@@ -16,21 +16,21 @@ EXERCISES = {
             Slip(8.2e-5, "That is a straight line from 2.2e-4 to 2.2e-5. A cosine is below it in its second half."),
             Slip(4.1e-5, "That is the part above the floor; the cosine ends at 2.2e-5, so add that."),
             Slip(2.6e-5, "The cosine begins at 10T: 3T of 4.3T are done, not 13T of 14.3T."),
-            Slip(
-                4.55e-5, "A cosine to zero would be there. V3's ends at 2.2e-5: only the difference of the two falls."
-            ),
+            Slip(4.6e-5, "A cosine to zero would be there. V3's ends at 2.2e-5: only the difference of the two falls."),
         ),
         fallback="The share that is done is (13 - 10) / 4.3; the rate is 2.2e-5 + half of 1.98e-4 (1 + cos(pi share)).",
         agrees=lambda given, wanted: abs(float(given) - wanted) <= 0.02 * wanted,
     ),
     "12.2": Exercise(
-        todo="How many billion parameters can a model have if 80 GB hold its weights, gradients and moments V3's way?",
+        todo="How many billion parameters fit, with gradients and moments, V3's way, into 80 GB? Two digits.",
         solution=80 / 13,
         praise="13 bytes each: 6.2 billion parameters, before a single activation. Plain FP32 stops at 5.0.",
         slips=(
             Slip(80 / 16, "16 bytes are plain FP32. V3 has BF16 moments, and a copy in FP8 for the products."),
             Slip(80 / 18, "18 bytes are BF16 products with FP32 moments, the usual way before."),
             Slip(80 / 12, "The FP8 copy that the products read is missing: one more byte."),
+            Slip(6.0, "Too coarse to judge: give two significant digits."),
+            Slip(80e9 / 13, "That is the number of parameters itself; give it in billions."),
             Slip(80.0, "That is the FP8 weights alone, which suffice to use the model, not to train it."),
             Slip(80 / 9, "The FP32 master weights are missing: AdamW moves them, and FP8 would lose its steps."),
         ),
