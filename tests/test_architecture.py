@@ -140,7 +140,7 @@ def test_nothing_is_unpickled_or_evaluated(path):
 # Lines of code: a docstring, a comment or an empty line makes a file longer and its reading shorter. What computes, and
 # what shows and asks: pictures, their controls and the answers to exercises grow with the notebooks.
 # It was 7,000 and 4,000 until training in full came (the recipe, prediction modules, speculation, what is computed
-# again, memory through a step) with two maps to look at: some 1,000 and 1,100 lines. Who moves it further says for what.
+# again, memory through a step) with two maps to look at: some 1,000 and 1,100 lines. Who moves it says for what.
 AT_MOST = {"the library": 7500, "its pictures and exercises": 5000}
 SPACE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
